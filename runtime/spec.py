@@ -1,0 +1,209 @@
+"""ArtifactSpec: the one description of an exported model, shared by export, engines and serving.
+
+An artifact is data, never code: `manifest.json` (this module's schema) beside ONNX files. Every model here is
+frozen, refuses unknown keys and refuses values out of range.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+FORMAT = 1
+"""Version of the manifest's layout; a reader refuses a newer one."""
+
+Identifier = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
+PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Frozen(BaseModel):
+    """Settings, never run state: immutable, strict, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, protected_namespaces=())
+
+
+class Precision(StrEnum):
+    """The type in which an artifact stores its weights."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+class Axis(Frozen):
+    """A size that may vary: `minimum <= size <= maximum`, a multiple of `multiple`."""
+
+    name: Identifier
+    minimum: PositiveInt
+    maximum: PositiveInt
+    multiple: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Axis:
+        if self.minimum > self.maximum:
+            raise ValueError(f"axis {self.name}: minimum {self.minimum} exceeds maximum {self.maximum}")
+        return self
+
+
+class TensorSpec(Frozen):
+    """A tensor's name, dtype (numpy's name) and shape; a size is a number or an axis name."""
+
+    name: Identifier
+    dtype: Literal["float32", "float16", "int64"]
+    shape: tuple[PositiveInt | Identifier, ...]
+
+
+class ProgramSpec(Frozen):
+    """One ONNX program, with the graph's size before and after the passes.
+
+    FLOPs are of one forward pass at batch 1 and the default shape, a multiply-add counted as two.
+    """
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    nodes: Annotated[int, Field(ge=0)]
+    nodes_before: Annotated[int, Field(ge=0)]
+    flops: Annotated[int, Field(ge=0)]
+    flops_before: Annotated[int, Field(ge=0)]
+
+
+class NoiseSchedule(Frozen):
+    """The noise schedule of training, in MONAI's names (`monai.networks.schedulers.NoiseSchedules`)."""
+
+    schedule: Literal["linear_beta", "scaled_linear_beta", "sigmoid_beta", "cosine"] = "linear_beta"
+    num_train_timesteps: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
+    beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4
+    beta_end: Annotated[float, Field(gt=0, lt=1)] = 2e-2
+    sig_range: Annotated[float, Field(gt=0, le=100)] = 6.0
+    s: Annotated[float, Field(ge=0, le=1)] = 8e-3
+
+
+class SchedulerSpec(Frozen):
+    """How the network was trained and which sampler its bundle uses by default.
+
+    `prediction_type` is what the network's output means: `epsilon`, `sample` (x0), `v_prediction`, or `flow`
+    (MONAI's RFlow: x0 - noise). The fields below `scheduler` are MONAI's constructor arguments of the same name.
+    """
+
+    scheduler: Literal["ddim", "ddpm", "pndm", "dpm-solver++", "rflow"] = "ddim"
+    noise_schedule: NoiseSchedule = NoiseSchedule()
+    prediction_type: Literal["epsilon", "sample", "v_prediction", "flow"] = "epsilon"
+    steps: Annotated[int, Field(ge=1, le=1_000_000)] = 50
+    clip_sample: bool = False
+    clip_sample_min: Finite = -1.0
+    clip_sample_max: Finite = 1.0
+    set_alpha_to_one: bool = True
+    steps_offset: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    skip_prk_steps: bool = True
+    variance_type: Literal["fixed_small", "fixed_large"] = "fixed_small"
+    use_discrete_timesteps: bool = True
+    use_timestep_transform: bool = False
+    base_img_size_numel: PositiveInt = 32**3
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SchedulerSpec:
+        if (self.scheduler == "rflow") != (self.prediction_type == "flow"):
+            raise ValueError(
+                f"scheduler {self.scheduler!r} with prediction_type {self.prediction_type!r}: 'flow' and 'rflow' "
+                "belong together"
+            )
+        if self.clip_sample_min >= self.clip_sample_max:
+            raise ValueError(f"clip_sample_min {self.clip_sample_min} is not below {self.clip_sample_max}")
+        return self
+
+
+class Ratio(Frozen):
+    """`(n0 + sum n_i f_i) / (d0 + sum d_i f_i)` over other fields; the key "" holds the constant."""
+
+    numerator: dict[str, Finite]
+    denominator: dict[str, Finite]
+
+
+class ConditionField(Frozen):
+    """One named number of a condition: `--condition anterior=0.5`."""
+
+    name: Identifier
+    minimum: Finite
+    maximum: Finite
+    default: Finite | Ratio
+    description: Annotated[str, Field(max_length=500)] = ""
+
+
+class ConditionSpec(Frozen):
+    """A conditioning input of the network, per sample (no batch axis).
+
+    With `fields`, the tensor is that many named numbers, in order; without, an array of this shape is given whole.
+    `unconditional` is the value that fills the tensor in the unconditional branch of classifier-free guidance;
+    None: the network was not trained for guidance.
+    """
+
+    name: Identifier
+    dtype: Literal["float32", "int64"] = "float32"
+    shape: tuple[PositiveInt | Identifier, ...]
+    fields: tuple[ConditionField, ...] = ()
+    unconditional: Finite | None = None
+    description: Annotated[str, Field(max_length=2000)] = ""
+
+    @model_validator(mode="after")
+    def _fields_fill_shape(self) -> ConditionSpec:
+        sizes = [size for size in self.shape if isinstance(size, int)]
+        count = 1
+        for size in sizes:
+            count *= size
+        if self.fields and (len(sizes) != len(self.shape) or count != len(self.fields)):
+            raise ValueError(f"condition {self.name}: {len(self.fields)} fields do not fill shape {self.shape}")
+        names = [field.name for field in self.fields]
+        if len(set(names)) != len(names):
+            raise ValueError(f"condition {self.name}: field names repeat: {names}")
+        return self
+
+
+class ArtifactSpec(Frozen):
+    """The manifest. `files` holds the sha256 of every other file, by its path inside the artifact.
+
+    `latent_shape` is `(C, *spatial)` at the default size (of the volume itself for a pixel-space model, which has
+    no `decode`); `spacing_mm` is the voxel size of the decoded volume.
+    """
+
+    format: Annotated[int, Field(ge=1, le=FORMAT)]
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    precision: Precision
+    axes: tuple[Axis, ...]
+    programs: dict[Literal["schedule", "prepare", "step", "decode", "encode"], ProgramSpec]
+    scheduler: SchedulerSpec
+    scale_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    latent_shape: Annotated[tuple[PositiveInt, ...], Field(min_length=3, max_length=4)]
+    spacing_mm: Annotated[tuple[Annotated[float, Field(gt=0, le=1000)], ...], Field(min_length=2, max_length=3)]
+    conditions: tuple[ConditionSpec, ...] = ()
+    provenance: dict[str, str] = {}
+    files: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
+
+    @model_validator(mode="after")
+    def _whole(self) -> ArtifactSpec:
+        missing = {"schedule", "step"} - self.programs.keys()
+        if missing:
+            raise ValueError(f"programs lack {sorted(missing)}")
+        for path in self.files:
+            if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)*", path):
+                raise ValueError(f"file {path!r} leaves the artifact's folder or has odd characters")
+        for name, program in self.programs.items():
+            if program.file not in self.files:
+                raise ValueError(f"program {name}: file {program.file!r} has no digest")
+        known = {axis.name for axis in self.axes}
+        shapes = [t.shape for p in self.programs.values() for t in (*p.inputs, *p.outputs)]
+        shapes += [condition.shape for condition in self.conditions]
+        unknown = {size for shape in shapes for size in shape if isinstance(size, str)} - known
+        if unknown:
+            raise ValueError(f"axes {sorted(unknown)} are used but not described")
+        if len(self.spacing_mm) != len(self.latent_shape) - 1:
+            raise ValueError(f"spacing_mm {self.spacing_mm} does not fit latent_shape {self.latent_shape}")
+        return self
+
+    def axis(self, name: str) -> Axis:
+        """The axis of that name (KeyError if there is none)."""
+        return {axis.name: axis for axis in self.axes}[name]
