@@ -1,0 +1,153 @@
+"""Which networks a bundle may hold, and how their constructors are called."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
+from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
+from monai.networks.nets import AutoencoderKL, DiffusionModelUNet
+
+from volcast.export.bundle_expression import is_number
+
+_MONAI = r"(?:(?:monai|generative)\.networks\.nets\.(?:\w+\.)?)?"
+_MAISI = r"(?:monai\.apps\.generation\.maisi\.networks\.(?:\w+\.)?)?"
+# Bounds that keep a hostile config from building networks for hours; the largest published UNet has 4 levels.
+_LIMITS = {"num_res_blocks": 64, "transformer_num_layers": 64, "num_splits": 1024}
+_MAX_LEVELS = 12
+_MAX_INTEGER = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkKind:
+    """A network class: the `_target_`s that mean it, old argument names, arguments that are fixed here."""
+
+    network: type[torch.nn.Module]
+    role: str
+    target: str
+    renamed: Mapping[str, str]
+    fixed: Mapping[str, Any]
+
+
+# Fixed arguments change memory or speed, never the mathematics: flash attention is refused without CUDA (Maisi) and
+# applies dropout in eval mode; norm_float16 works under autocast only; num_splits=1 is the convolution unsplit.
+_KINDS = (
+    NetworkKind(
+        network=DiffusionModelUNet,
+        role="unet",
+        target=_MONAI + "DiffusionModelUNet",
+        renamed={"num_channels": "channels"},
+        fixed={"use_flash_attention": False},
+    ),
+    NetworkKind(
+        network=AutoencoderKL,
+        role="autoencoder",
+        target=_MONAI + "AutoencoderKL",
+        renamed={"num_channels": "channels", "use_checkpointing": "use_checkpoint"},
+        fixed={"use_flash_attention": False, "use_checkpoint": False},
+    ),
+    NetworkKind(
+        network=DiffusionModelUNetMaisi,
+        role="unet",
+        target=_MAISI + "DiffusionModelUNetMaisi",
+        renamed={},
+        fixed={"use_flash_attention": False},
+    ),
+    NetworkKind(
+        network=AutoencoderKlMaisi,
+        role="autoencoder",
+        target=_MAISI + "AutoencoderKlMaisi",
+        renamed={},
+        fixed={
+            "use_flash_attention": False,
+            "use_checkpointing": False,
+            "norm_float16": False,
+            "num_splits": 1,
+            "print_info": False,
+            "save_mem": False,
+        },
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkPlan:
+    """A network as the config describes it: class and full constructor arguments, nothing built yet."""
+
+    id: str
+    kind: NetworkKind
+    arguments: Mapping[str, Any]
+
+    def build(self, device: str = "meta", **changed: Any) -> torch.nn.Module:
+        """The network in eval mode; on `meta` its parameters have shapes and no memory. ValueError if refused."""
+        name = self.kind.network.__name__
+        try:
+            with torch.device(device):
+                return self.kind.network(**{**self.arguments, **changed}).eval()
+        # MONAI checks some arguments; the others fail wherever they are first used.
+        except (
+            TypeError,
+            ValueError,
+            RuntimeError,
+            ArithmeticError,
+            LookupError,
+            AttributeError,
+            AssertionError,
+        ) as error:
+            message = " ".join(str(error).split())[:200]
+            raise ValueError(f"[bundle] {self.id}: {name} refuses its arguments: {message}") from None
+
+
+def kind_of(target: str) -> NetworkKind | None:
+    """The kind that `_target_` names, or None."""
+    return next((kind for kind in _KINDS if re.fullmatch(kind.target, target)), None)
+
+
+def known_networks() -> str:
+    """The names of the networks that can be read, for messages."""
+    return ", ".join(kind.network.__name__ for kind in _KINDS)
+
+
+def plan_network(id: str, target: str, arguments: Mapping[str, Any]) -> NetworkPlan:
+    """Check a component's `_target_` and arguments against MONAI 1.6's constructor."""
+    kind = kind_of(target)
+    if kind is None:
+        raise ValueError(f"[bundle] {id}: _target_={target!r} is not known; known: {known_networks()}")
+    parameters = inspect.signature(kind.network).parameters
+    known = {kind.renamed.get(key, key): value for key, value in arguments.items()}
+    if len(known) != len(arguments):
+        raise ValueError(
+            f"[bundle] {id}: an argument is given under its old and its new name: {sorted(arguments)}"
+        )
+    unknown = sorted(known.keys() - parameters.keys())
+    if unknown:
+        raise ValueError(
+            f"[bundle] {id}: {kind.network.__name__} has no argument {', '.join(map(repr, unknown))}"
+        )
+    defaults = {key: p.default for key, p in parameters.items() if p.default is not inspect.Parameter.empty}
+    missing = sorted(parameters.keys() - defaults.keys() - known.keys())
+    if missing:
+        raise ValueError(f"[bundle] {id}: {missing[0]} is missing; give it with --set {id}#{missing[0]}=...")
+    for key, value in known.items():
+        _check(id, key, value)
+    return NetworkPlan(id=id, kind=kind, arguments={**defaults, **known, **kind.fixed})
+
+
+def _check(id: str, key: str, value: Any) -> None:
+    items = value if isinstance(value, list | tuple) else [value]
+    scalars = all(item is None or isinstance(item, bool) or is_number(item) for item in items)
+    limit = _LIMITS.get(key, _MAX_INTEGER)
+    if (
+        not scalars
+        or len(items) > _MAX_LEVELS
+        or any(is_number(item) and not 0 <= item <= limit for item in items)
+    ):
+        raise ValueError(
+            f"[bundle] {id}#{key}={str(value)[:80]!r}: need numbers or booleans from 0 to {limit}, "
+            f"at most {_MAX_LEVELS} of them; correct it with --set {id}#{key}=..."
+        )
