@@ -1,0 +1,14 @@
+#include <pybind11/pybind11.h>
+
+void bind_schedule(pybind11::module_& m);
+void bind_plan(pybind11::module_& m);
+void bind_noise(pybind11::module_& m);
+void bind_loop(pybind11::module_& m);
+
+PYBIND11_MODULE(_core, m) {
+    m.doc() = "The sampler core in C++: noise schedules, sampling plans, counter-based noise, the loop.";
+    bind_schedule(m);
+    bind_plan(m);
+    bind_noise(m);
+    bind_loop(m);
+}

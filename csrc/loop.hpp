@@ -1,0 +1,53 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "plan.hpp"
+
+namespace volcast {
+
+// What one sample remembers between rows. Belongs to the request, never to the plan.
+template <class T>
+struct Trajectory {
+    std::uint64_t seed, sample;
+    std::size_t numel;
+    std::vector<T> history;  // [slots, numel]
+    std::vector<T> saved;    // [numel], or empty
+
+    Trajectory(const Plan& plan, std::uint64_t seed, std::uint64_t sample, std::size_t numel);
+};
+
+// Applies row `step` of the plan to one sample x [numel], given the network's output [numel]. Reads and writes
+// nothing else, so the bits do not depend on what else is in the batch. Throws on a non-finite value.
+template <class T>
+void advance(const Plan& plan, std::size_t step, Trajectory<T>& state, T* x, const T* out);
+
+enum class Branch { conditional, unconditional, both };
+
+template <class T>
+struct Batch {
+    std::size_t count, numel;
+    T* x;  // [count, numel], updated in place
+    const std::uint64_t* seeds;
+    const std::uint64_t* samples;
+    T* twice;  // [2 * count, numel] scratch: guidance by one call on [uncond; cond]; null: by two calls
+};
+
+struct Timing {
+    double total_s, network_s;
+};
+
+// Returns the output for x [count, numel] (for Branch::both: x and output are [2 * count, numel]).
+// The memory need only live until the next call.
+template <class T>
+using Network = std::function<const T*(std::size_t step, const T* x, Branch branch)>;
+
+// The one loop. `guidance` w is classifier-free, arXiv:2207.12598: u + w * (c - u). `after(done, total)` is called after each row; an exception from it or from the network stops the
+// loop and leaves x after the last whole row; a non-finite value stops it too, with x unspecified.
+template <class T>
+Timing run(const Plan& plan, const Batch<T>& batch, const std::optional<double>& guidance,
+           const Network<T>& network, const std::function<void(std::size_t, std::size_t)>& after);
+
+}  // namespace volcast
