@@ -1,3 +1,4 @@
+#include <pybind11/native_enum.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -70,10 +71,11 @@ Timing run_any(const Plan& plan, const py::array& x, const py::function& network
 }  // namespace
 
 void bind_loop(py::module_& m) {
-    py::enum_<Branch>(m, "Branch", "Which condition the network is asked to apply.")
+    py::native_enum<Branch>(m, "Branch", "enum.Enum", "Which condition the network is asked to apply.")
         .value("CONDITIONAL", Branch::conditional)
         .value("UNCONDITIONAL", Branch::unconditional)
-        .value("BOTH", Branch::both);
+        .value("BOTH", Branch::both)
+        .finalize();
     py::class_<Timing>(m, "Timing", "Seconds spent by run, and within the network calls.")
         .def_readonly("total_s", &Timing::total_s)
         .def_readonly("network_s", &Timing::network_s);

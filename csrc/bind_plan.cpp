@@ -1,3 +1,4 @@
+#include <pybind11/native_enum.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -31,13 +32,15 @@ py::array rows_of(const py::object& self) {
 
 void bind_plan(py::module_& m) {
     PYBIND11_NUMPY_DTYPE(Row, t, signal, sigma, a, d, p, q, lo, hi, e, b, c, read, write, from_saved, save);
-    py::enum_<Prediction>(m, "Prediction", "What the network's output means.")
+    py::native_enum<Prediction>(m, "Prediction", "enum.Enum", "What the network's output means.")
         .value("EPSILON", Prediction::epsilon)
         .value("SAMPLE", Prediction::sample)
-        .value("V_PREDICTION", Prediction::v_prediction);
-    py::enum_<Variance>(m, "Variance", "DDPM's noise, arXiv:2006.11239 section 3.2.")
+        .value("V_PREDICTION", Prediction::v_prediction)
+        .finalize();
+    py::native_enum<Variance>(m, "Variance", "enum.Enum", "DDPM's noise, arXiv:2006.11239 section 3.2.")
         .value("FIXED_SMALL", Variance::fixed_small)
-        .value("FIXED_LARGE", Variance::fixed_large);
+        .value("FIXED_LARGE", Variance::fixed_large)
+        .finalize();
 
     py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan", "Immutable rows of coefficients; share it freely.")
         .def_readonly("method", &Plan::method)

@@ -1,3 +1,4 @@
+#include <pybind11/native_enum.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -23,10 +24,11 @@ void bind_schedule(py::module_& m) {
           py::arg("beta_end") = 2e-2, py::arg("sig_range") = 6.0, "MONAI's sigmoid_beta, in float64.");
     m.def("cosine", &cosine, py::arg("timesteps"), py::arg("s") = 8e-3, "MONAI's cosine, in float64.");
 
-    py::enum_<Spacing>(m, "Spacing", "Timestep spacing, arXiv:2305.08891 table 2.")
+    py::native_enum<Spacing>(m, "Spacing", "enum.Enum", "Timestep spacing, arXiv:2305.08891 table 2.")
         .value("LEADING", Spacing::leading)
         .value("LINSPACE", Spacing::linspace)
-        .value("TRAILING", Spacing::trailing);
+        .value("TRAILING", Spacing::trailing)
+        .finalize();
     m.def("spaced_timesteps", &spaced_timesteps, py::arg("spacing"), py::arg("train_timesteps"), py::arg("steps"),
           py::arg("steps_offset") = 0, "Descending timesteps; steps_offset moves the leading spacing only.");
     m.def("monai_linspace", &monai_linspace, py::arg("train_timesteps"), py::arg("steps"), py::arg("steps_offset") = 0,

@@ -44,8 +44,9 @@ struct Timing {
 template <class T>
 using Network = std::function<const T*(std::size_t step, const T* x, Branch branch)>;
 
-// The one loop. `guidance` w is classifier-free, arXiv:2207.12598: u + w * (c - u). `after(done, total)` is called after each row; an exception from it or from the network stops the
-// loop and leaves x after the last whole row; a non-finite value stops it too, with x unspecified.
+// The one loop. `guidance` w is classifier-free, arXiv:2207.12598: u + w * (c - u). `after(done, total)` is called
+// after each row. What it or the network throws stops the loop and leaves x after the last whole row; a non-finite
+// value stops it too, with x unspecified.
 template <class T>
 Timing run(const Plan& plan, const Batch<T>& batch, const std::optional<double>& guidance,
            const Network<T>& network, const std::function<void(std::size_t, std::size_t)>& after);
