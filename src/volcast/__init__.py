@@ -1,0 +1,37 @@
+"""volcast casts volumes from trained MONAI generative models, fast and without MONAI.
+
+import volcast
+model = volcast.load("artifact")  # a folder that `volcast export` wrote
+volume = model.sample(seed=0, steps=50)
+volume.save("out.nii.gz")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from volcast.runtime.pipeline import load as load
+    from volcast.runtime.volume import Volume as Volume
+
+__all__ = ["Volume", "__version__", "load"]
+
+
+def __getattr__(name: str) -> object:
+    # Lazy: `volcast --version` and shell completion must not wait for the engines.
+    if name == "load":
+        from volcast.runtime.pipeline import load
+
+        return load
+    if name == "Volume":
+        from volcast.runtime.volume import Volume
+
+        return Volume
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("volcast")
+        except PackageNotFoundError:
+            return "0+uninstalled"
+    raise AttributeError(f"module 'volcast' has no attribute {name!r}")

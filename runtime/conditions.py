@@ -1,0 +1,165 @@
+"""Conditions of a request: named numbers and arrays, checked against the artifact's ConditionSpecs."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .sizes import check_size
+from .spec import ArtifactSpec, ConditionField, ConditionSpec, Ratio
+
+Array = NDArray[np.generic]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """The values of one sample, without a batch axis, and the sizes of the axes that they fix."""
+
+    values: Mapping[str, Array]
+    sizes: Mapping[str, int]
+
+
+def resolve(spec: ArtifactSpec, given: Mapping[str, Any] | None, sizes: Mapping[str, int]) -> Conditions:
+    """The conditions of one sample.
+
+    Args:
+        spec: the artifact.
+        given: a condition's name with a whole array, or a field's name with a number; absent fields take their
+            default. An array's size 1 along a named axis is repeated to the size of that axis.
+        sizes: the axes whose size is known (the latent's).
+
+    Raises:
+        ValueError: an unknown name, a missing array, a wrong shape or type, NaN, a number out of range.
+    """
+    rest = dict(given or {})
+    _refuse_unknown(spec.conditions, rest)
+    known = dict(sizes)
+    values = {}
+    for condition in spec.conditions:
+        fields = {field.name: rest[field.name] for field in condition.fields if field.name in rest}
+        if condition.name in rest:
+            if fields:
+                raise ValueError(
+                    f"[condition] {condition.name} and its field {next(iter(fields))} are both given; give one of them"
+                )
+            values[condition.name] = _whole(spec, condition, rest[condition.name], known)
+        elif condition.fields:
+            numbers = list(_numbers(condition, fields).values())
+            values[condition.name] = np.array(numbers, condition.dtype).reshape(condition.shape)  # type: ignore[arg-type]
+        else:
+            raise ValueError(
+                f"[condition] {condition.name} is missing: give a {condition.dtype} array of shape {_shape(condition)}"
+            )
+    return Conditions(values=values, sizes=known)
+
+
+def unconditional(spec: ArtifactSpec, conditions: Conditions) -> dict[str, Array]:
+    """The values of the unconditional branch of classifier-free guidance.
+
+    A condition without an `unconditional` value (a label map, say) keeps its own.
+
+    Raises:
+        ValueError: no condition has one, so the network was not trained for guidance.
+    """
+    if all(condition.unconditional is None for condition in spec.conditions):
+        raise ValueError(f"[sample] guidance: {spec.name} was not trained for it; leave guidance out")
+    values = dict(conditions.values)
+    for condition in spec.conditions:
+        if condition.unconditional is not None:
+            values[condition.name] = np.full_like(values[condition.name], condition.unconditional)
+    return values
+
+
+def _refuse_unknown(conditions: Iterable[ConditionSpec], given: Mapping[str, Any]) -> None:
+    names = [name for c in conditions for name in (c.name, *(field.name for field in c.fields))]
+    for name in given:
+        if names.count(name) > 1:
+            raise ValueError(f"[condition] {name!r} names several things; give whole arrays instead")
+        if name not in names:
+            close = difflib.get_close_matches(str(name), names, n=1)
+            guess = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(f"[condition] unknown name {name!r}: {guess}known: {', '.join(names) or 'none'}")
+
+
+def _numbers(condition: ConditionSpec, given: Mapping[str, Any]) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for field in condition.fields:
+        if field.name in given:
+            values[field.name] = _in_range(field, given[field.name])
+        elif not isinstance(field.default, Ratio):
+            values[field.name] = field.default
+    for field in condition.fields:
+        if field.name not in values and isinstance(field.default, Ratio):
+            values[field.name] = _in_range(field, _ratio(field.name, field.default, values))
+    return {field.name: values[field.name] for field in condition.fields}
+
+
+def _in_range(field: ConditionField, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not field.minimum <= number <= field.maximum:
+        raise ValueError(f"[condition] {field.name}={value}: need {field.minimum:g}..{field.maximum:g}")
+    return number
+
+
+def _ratio(name: str, ratio: Ratio, values: Mapping[str, float]) -> float:
+    def total(terms: Mapping[str, float]) -> float:
+        missing = terms.keys() - values.keys() - {""}
+        if missing:
+            raise ValueError(
+                f"[artifact] the default of {name} needs {sorted(missing)}, which have no value; give {name}"
+            )
+        return sum(weight * values.get(term, 1.0) for term, weight in terms.items())
+
+    below = total(ratio.denominator)
+    if below == 0:
+        raise ValueError(f"[condition] the default of {name} divides by zero for these values; give {name}")
+    return total(ratio.numerator) / below
+
+
+def _whole(spec: ArtifactSpec, condition: ConditionSpec, value: Any, known: dict[str, int]) -> Array:
+    where = f"[condition] {condition.name}"
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: not an array of numbers; give shape {_shape(condition)}") from error
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{where}: dtype {array.dtype} is not a number; give {condition.dtype}")
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = array.astype(condition.dtype)
+    if not (np.isfinite(array).all() and np.isfinite(cast).all()):
+        raise ValueError(
+            f"{where} holds NaN, infinity or a number beyond {condition.dtype}; give finite numbers"
+        )
+    if condition.dtype == "int64" and (cast != array).any():
+        raise ValueError(f"{where} holds fractions or numbers beyond int64; give whole numbers")
+    if array.ndim != len(condition.shape):
+        raise ValueError(f"{where} has shape {array.shape}: need {_shape(condition)}, without a batch axis")
+    target = []
+    for size, wanted in zip(array.shape, condition.shape, strict=True):
+        if isinstance(wanted, str):
+            if wanted not in known:
+                check_size(f"condition {condition.name}", spec.axis(wanted), size)
+                known[wanted] = size
+            if size not in (1, known[wanted]):
+                raise ValueError(f"{where} has shape {array.shape}: axis {wanted} is {known[wanted]} here")
+            target.append(known[wanted])
+        elif size != wanted:
+            raise ValueError(
+                f"{where} has shape {array.shape}: need {_shape(condition)}, without a batch axis"
+            )
+        else:
+            target.append(size)
+    return np.ascontiguousarray(np.broadcast_to(cast, target))
+
+
+def _shape(condition: ConditionSpec) -> str:
+    return "(" + ", ".join(str(size) for size in condition.shape) + ")"

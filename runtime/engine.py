@@ -1,0 +1,73 @@
+"""The engine protocol: open an ONNX program at fixed shapes, call it with arrays."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .spec import ProgramSpec
+
+Arrays = Mapping[str, NDArray[np.generic]]
+
+
+class Program(ABC):
+    """One opened program; its shapes are fixed. Not for two threads at once."""
+
+    @abstractmethod
+    def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.generic]]:
+        """Every output by its name. The arrays are the caller's: a later call does not write to them.
+
+        `inputs` must have the names, dtypes and shapes that the program was opened with.
+        """
+
+
+class Engine(ABC):
+    """A library that runs ONNX programs, with `threads` threads inside an operator."""
+
+    name: str
+    threads: int
+
+    @abstractmethod
+    def open(self, path: Path, program: ProgramSpec, sizes: Mapping[str, int]) -> Program:
+        """Open the ONNX file at `path` with every axis of `program`'s inputs set to `sizes[axis]`.
+
+        Fixed sizes let an engine plan its memory and pick its kernels once (2x per step on a CPU).
+
+        Raises:
+            ValueError: the file is no ONNX program, or not the one that `program` describes.
+        """
+
+
+def shapes(program: ProgramSpec, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """The shape of every input of `program`, by its name (KeyError: an axis that `sizes` lacks)."""
+    return {t.name: tuple(s if isinstance(s, int) else sizes[s] for s in t.shape) for t in program.inputs}
+
+
+def check_inputs(path: Path, program: ProgramSpec, found: Mapping[str, int]) -> None:
+    """Compare the names (and ranks) of a file's inputs with the manifest's.
+
+    Raises:
+        ValueError: they differ.
+    """
+    wanted = {tensor.name: len(tensor.shape) for tensor in program.inputs}
+    if dict(found) != wanted:
+        raise ValueError(
+            f"[engine] {path.name} takes {_listed(found)}, the manifest says {_listed(wanted)}; "
+            "export the model again with `volcast export`"
+        )
+
+
+def unreadable(path: Path, engine: str, error: Exception) -> ValueError:
+    """The one-line error for a file that an engine refuses."""
+    reason = " ".join(str(error).split())[:200]
+    return ValueError(
+        f"[engine] {engine} cannot open {path.name}: {reason}; export the model again with `volcast export`"
+    )
+
+
+def _listed(inputs: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} (rank {rank})" for name, rank in inputs.items()) or "no input"

@@ -1,0 +1,56 @@
+"""Picking an engine by name, or the fastest one that is installed."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+from .engine import Engine
+
+INSTALL = {"openvino": "pip install 'volcast[openvino]'", "onnxruntime": "pip install onnxruntime"}
+"""The engines, the fastest on a CPU first, and how to get each."""
+
+
+def open_engine(name: str = "auto", threads: int | None = None) -> Engine:
+    """The engine called `name`; `auto` takes the first of `INSTALL` that is installed.
+
+    `threads` is 1..1024; None: the physical cores that this process may use.
+
+    Raises:
+        ValueError: an unknown or missing engine, `threads` out of range.
+    """
+    if name != "auto" and name not in INSTALL:
+        raise ValueError(f"[engine] engine={name!r}: need one of auto, {', '.join(INSTALL)}")
+    if threads is not None and not 1 <= threads <= 1024:
+        raise ValueError(f"[engine] threads={threads}: need 1..1024, or leave it out for one a physical core")
+    installed = [engine for engine in INSTALL if find_spec(engine) is not None]
+    if name == "auto" and not installed:
+        raise ValueError(f"[engine] none is installed; {INSTALL['openvino']}")
+    chosen = installed[0] if name == "auto" else name
+    if chosen not in installed:
+        raise ValueError(f"[engine] {chosen} is not installed; {INSTALL[chosen]}")
+    count = physical_cores() if threads is None else threads
+    if chosen == "openvino":
+        from .engine_openvino import OpenVinoEngine
+
+        return OpenVinoEngine(count)
+    from .engine_onnxruntime import OnnxRuntimeEngine
+
+    return OnnxRuntimeEngine(count)
+
+
+def physical_cores() -> int:
+    """How many physical cores the process may run on: its CPU affinity with hyper-threads counted once."""
+    try:
+        cpus = os.sched_getaffinity(0)
+    except AttributeError:
+        return max(1, (os.cpu_count() or 2) // 2)
+    cores = set()
+    for cpu in cpus:
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+        try:
+            cores.add((topology / "thread_siblings_list").read_text())
+        except OSError:
+            cores.add(str(cpu))
+    return len(cores)

@@ -1,0 +1,87 @@
+"""Job: a request resolved against an artifact. Nothing in it is left to check, and nothing has run yet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from volcast import _core
+
+from . import conditions
+from .request import Request
+from .sampler import make_plan
+from .sizes import check_size, latent_sizes
+from .spec import ArtifactSpec
+
+Array = NDArray[np.generic]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Attributes:
+    request: the settings.
+    scheduler: the sampler's name.
+    plan: its rows of coefficients.
+    shape: the latent's `(C, *spatial)`.
+    conditional: the conditions of each sample, by name, without a batch axis.
+    unconditional: the same for guidance's other branch; None without guidance.
+    """
+
+    request: Request
+    scheduler: str
+    plan: _core.Plan
+    shape: tuple[int, ...]
+    conditional: Sequence[Mapping[str, Array]]
+    unconditional: Sequence[Mapping[str, Array]] | None
+
+
+def make_job(
+    spec: ArtifactSpec,
+    request: Request,
+    count: int,
+    batch: int,
+    condition: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
+    size: Sequence[int] | None,
+) -> Job:
+    """Check everything that can be checked without running a program.
+
+    Raises:
+        ValueError: see `Request`, `latent_sizes` and `conditions.resolve`; a batch that the artifact does not allow.
+    """
+    if not isinstance(count, int) or not 1 <= count <= 1_000_000:
+        raise ValueError(f"[sample] n={count}: need 1..1000000")
+    if not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"[sample] batch={batch}: need 1 or more")
+    spatial, sizes = latent_sizes(spec, size)
+    given = list(condition) if isinstance(condition, Sequence) else [condition] * count
+    if len(given) != count:
+        raise ValueError(
+            f"[sample] {len(given)} conditions for {count} samples: give one for all, or one for each"
+        )
+    resolved = [conditions.resolve(spec, each, sizes) for each in given]
+    if any(other.sizes != resolved[0].sizes for other in resolved):
+        raise ValueError("[sample] the samples' conditions differ in shape; sample them one by one")
+    for axis in spec.axes:
+        if axis.name == "batch":
+            for part in {min(batch, count), count % batch or min(batch, count)}:
+                check_size("sample", axis, part)
+    shape = (spec.latent_shape[0], *spatial)
+    return Job(
+        request=request,
+        scheduler=request.sampler.scheduler or spec.scheduler.scheduler,
+        plan=make_plan(spec.scheduler, request.sampler, spatial),
+        shape=shape,
+        conditional=[each.values for each in resolved],
+        unconditional=None
+        if request.guidance is None
+        else [conditions.unconditional(spec, each) for each in resolved],
+    )
+
+
+def stack(values: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """The conditions of a batch: each `[N, ...]`."""
+    return {name: np.stack([each[name] for each in values]) for name in values[0]}

@@ -1,0 +1,146 @@
+"""load() and Model: from a request to volumes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Unpack, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import autoencoder
+from .artifact import read_artifact
+from .engine import Engine
+from .engine_auto import open_engine
+from .job import Job, make_job
+from .programs import Programs
+from .request import OnStep, Settings, make_request
+from .sampling import sample_batch
+from .spec import ArtifactSpec
+from .volume import Volume, centred_affine
+
+Condition = Mapping[str, Any]
+
+
+def load(path: str | os.PathLike[str], engine: str = "auto", threads: int | None = None) -> Model:
+    """Open the artifact in the folder `path`. Imports neither torch nor monai, and runs no code from the artifact.
+
+    Args:
+        path: a folder that `volcast export` wrote.
+        engine: "onnxruntime", "openvino", or "auto": the fastest one installed (`Model.engine` tells which).
+        threads: 1..1024; None: one a physical core.
+
+    Raises:
+        ValueError: a bad or altered artifact, an unknown or missing engine; one line with the remedy.
+    """
+    return Model(Path(path), read_artifact(path), open_engine(engine, threads))
+
+
+@final
+class Model:
+    """An opened artifact. Not for two threads at once: its programs reuse their memory.
+
+    Attributes:
+        spec: the manifest.
+        engine: what runs it: `name`, `threads`.
+    """
+
+    def __init__(self, folder: Path, spec: ArtifactSpec, engine: Engine) -> None:
+        self.spec = spec
+        self.engine = engine
+        self._programs = Programs(folder, spec, engine)
+
+    def sample(
+        self,
+        seed: int = 0,
+        *,
+        condition: Condition | None = None,
+        size: Sequence[int] | None = None,
+        image: Volume | NDArray[np.generic] | None = None,
+        on_step: OnStep | None = None,
+        **settings: Unpack[Settings],
+    ) -> Volume:
+        """One volume: `sample_many(1, ...)`, whose arguments it takes."""
+        volumes = self.sample_many(
+            1, seed, condition=condition, size=size, image=image, on_step=on_step, **settings
+        )
+        return next(volumes)
+
+    def sample_many(
+        self,
+        n: int,
+        seed: int = 0,
+        *,
+        batch: int = 1,
+        condition: Condition | Sequence[Condition] | None = None,
+        size: Sequence[int] | None = None,
+        image: Volume | NDArray[np.generic] | None = None,
+        on_step: OnStep | None = None,
+        **settings: Unpack[Settings],
+    ) -> Iterator[Volume]:
+        """`n` volumes, `batch` at a time. Sample i takes its noise from (seed, i), whatever the batch.
+
+        Args:
+            n: 1..1,000,000.
+            seed: 0..2^64 - 1.
+            batch: samples a network call, within the artifact's axis "batch".
+            condition: values by the name of a condition or field, for all samples, or a sequence of n of them.
+            size: the latent's spatial sizes; None: `latent_shape[1:]`, with an image the image's.
+            image: an image to start from, as `encode` takes it, one for all samples; `strength` says how far it is
+                noised. None: start from pure noise.
+            on_step: called with the steps done and to do, over all batches; what it raises stops the run.
+            settings: `Settings`: `steps`, `scheduler`, `guidance` and so on; see `SamplerConfig` and `Request`.
+
+        Raises:
+            ValueError: anything out of range, before any work; while sampling, values that are not finite.
+        """
+        request = make_request(self.spec, seed, settings)
+        if image is None:
+            if request.strength != 1:
+                raise ValueError(
+                    f"[sample] strength={request.strength} without an image: give one, or leave it out"
+                )
+            job = make_job(self.spec, request, n, batch, condition, size)
+            return self._run(job, n, batch, None, on_step)
+        x0 = self.encode(image)[0]
+        if size is not None and tuple(size) != x0.shape[1:]:
+            raise ValueError(
+                f"[sample] size={tuple(size)}: the image's latent is {x0.shape[1:]}; leave size out"
+            )
+        job = make_job(self.spec, request, n, batch, condition, x0.shape[1:])
+        return self._run(job, n, batch, x0, on_step)
+
+    def decode(self, z: NDArray[np.generic]) -> NDArray[np.float32]:
+        """Images `[N, 1, D, H, W]` of latents `z` `[N, C, D', H', W']` or `[C, D', H', W']` as the loop yields them.
+
+        The division by the scale factor happens here. A model without `decode` works on images: z comes back.
+        """
+        return autoencoder.decode(self.spec, self._programs, z)
+
+    def encode(self, image: Volume | NDArray[np.generic]) -> NDArray[np.float32]:
+        """Latents `[N, C, D', H', W']` of images `[N, 1, D, H, W]` or one `[D, H, W]`: the posterior's mean, scaled.
+
+        The inverse of `decode` up to the autoencoder's loss; the mean and not a draw, so that one image has one
+        latent. A model without `decode` works on images: the image comes back.
+        """
+        array = image.array if isinstance(image, Volume) else image
+        return autoencoder.encode(self.spec, self._programs, array)
+
+    def _run(
+        self, job: Job, n: int, batch: int, x0: NDArray[np.float32] | None, on_step: OnStep | None
+    ) -> Iterator[Volume]:
+        steps, starts = len(job.plan), range(0, n, batch)
+        for number, first in enumerate(starts):
+            part = range(first, min(first + batch, n))
+            after = _counted(on_step, number * steps, len(starts) * steps)
+            images, report = sample_batch(self.spec, self.engine, self._programs, job, part, x0, after)
+            affine = centred_affine(images.shape[2:], self.spec.spacing_mm)
+            for image in images:
+                array = np.ascontiguousarray(image[0] if image.shape[0] == 1 else image)
+                yield Volume(array, affine, self.spec.spacing_mm, report)
+
+
+def _counted(on_step: OnStep | None, before: int, total: int) -> Callable[[int, int], None] | None:
+    return None if on_step is None else lambda done, _: on_step(before + done, total)

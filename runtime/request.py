@@ -1,0 +1,70 @@
+"""What a sample is asked for: settings, checked before any work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Literal, TypedDict
+
+from pydantic import Field, ValidationError
+
+from .sampler import Method, SamplerConfig
+from .spec import ArtifactSpec, Frozen
+
+OnStep = Callable[[int, int], None]
+"""Called after each step with the steps done and to do, over all batches; what it raises stops the run."""
+
+
+class Settings(TypedDict, total=False):
+    """Keyword arguments of `Model.sample`: `SamplerConfig`'s and `Request`'s."""
+
+    steps: int | None
+    scheduler: Method | None
+    spacing: Literal["leading", "linspace", "trailing"] | None
+    eta: float
+    guidance: float | None
+    strength: float
+    compat: Literal["monai-1.6"] | None
+
+
+class Request(Frozen):
+    """Settings of one request.
+
+    Attributes:
+        sampler: which plan to run.
+        seed: sample i of the request takes its noise from the key (seed, i).
+        guidance: weight w of classifier-free guidance, u + w (c - u) (arXiv:2207.12598); None: the conditional branch
+            alone, one network call a step instead of two.
+        strength: how far an image is noised before it is denoised again; 1: from pure noise.
+    """
+
+    sampler: SamplerConfig
+    seed: Annotated[int, Field(ge=0, lt=2**64, strict=True)] = 0
+    guidance: Annotated[float, Field(ge=0, le=100)] | None = None
+    strength: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+def make_request(spec: ArtifactSpec, seed: int, settings: Settings) -> Request:
+    """The request that `settings` describe, for the artifact `spec`.
+
+    Raises:
+        ValueError: an unknown setting or a value out of range, in one line.
+    """
+    known = Settings.__annotations__
+    unknown = ", ".join(settings.keys() - known.keys())
+    if unknown:
+        raise ValueError(f"[sample] unknown setting {unknown}; known: {', '.join(known)}")
+    last = spec.scheduler.noise_schedule.num_train_timesteps
+    steps = settings.get("steps")
+    steps = spec.scheduler.steps if steps is None else steps
+    if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= last:
+        raise ValueError(f"[sample] steps={steps}: need 1..{last}")
+    own = {key: value for key, value in settings.items() if key in Request.model_fields}
+    sampler = {key: value for key, value in settings.items() if key in SamplerConfig.model_fields}
+    try:
+        request = Request.model_validate({"seed": seed, "sampler": {**sampler, "steps": steps}, **own})
+        start = steps - max(1, math.floor(steps * request.strength + 1e-9))
+        return request.model_copy(update={"sampler": request.sampler.model_copy(update={"start": start})})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ValueError(f"[sample] {first['loc'][-1]}={first['input']!r}: {first['msg']}") from error

@@ -1,0 +1,64 @@
+"""Sizes of a request: which values an axis allows, and the latent's spatial sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .spec import ArtifactSpec, Axis
+
+
+def nearest(axis: Axis, size: int) -> list[int]:
+    """The one or two sizes that `axis` allows next to `size`, ascending; empty when it allows none."""
+    first = -(-axis.minimum // axis.multiple) * axis.multiple
+    last = axis.maximum // axis.multiple * axis.multiple
+    if first > last:
+        return []
+    below = min(max(size // axis.multiple * axis.multiple, first), last)
+    above = min(max(-(-size // axis.multiple) * axis.multiple, first), last)
+    return sorted({below, above})
+
+
+def check_size(operation: str, axis: Axis, size: int) -> None:
+    """Raise ValueError, naming the nearest sizes, unless `axis` allows `size`."""
+    if axis.minimum <= size <= axis.maximum and size % axis.multiple == 0:
+        return
+    multiple = f" and a multiple of {axis.multiple}" if axis.multiple > 1 else ""
+    choice = " or ".join(str(value) for value in nearest(axis, size)) or "none; export with other axes"
+    raise ValueError(
+        f"[{operation}] {axis.name}={size}: need {axis.minimum}..{axis.maximum}{multiple}; nearest: {choice}"
+    )
+
+
+def latent_sizes(
+    spec: ArtifactSpec, size: Sequence[int] | None = None
+) -> tuple[tuple[int, ...], dict[str, int]]:
+    """The latent's spatial sizes, and the size of each axis among them.
+
+    `size` is in latent voxels, one number a spatial axis; None: the artifact's own.
+
+    Raises:
+        ValueError: too few or many numbers, a size that its axis does not allow, two sizes for one axis.
+    """
+    default = spec.latent_shape[1:]
+    if size is None:
+        wanted = default
+    else:
+        wanted = tuple(size)
+        if not all(isinstance(value, int) and not isinstance(value, bool) for value in wanted):
+            raise ValueError(f"[sample] size={wanted}: need {len(default)} whole numbers, as {default}")
+    if len(wanted) != len(default):
+        raise ValueError(f"[sample] size={wanted}: need {len(default)} numbers, as {default}")
+    x = next((tensor for tensor in spec.programs["step"].inputs if tensor.name == "x"), None)
+    if x is None or len(x.shape) != len(default) + 2:
+        raise ValueError(
+            "[artifact] program step has no input x of the latent's rank; export the model again"
+        )
+    sizes: dict[str, int] = {}
+    for name, value in zip(x.shape[2:], wanted, strict=True):
+        if isinstance(name, str):
+            check_size("sample", spec.axis(name), value)
+            if sizes.setdefault(name, value) != value:
+                raise ValueError(f"[sample] size={wanted}: the model needs equal sizes along axis {name}")
+        elif name != value:
+            raise ValueError(f"[sample] size={wanted}: this model was exported for {default} only")
+    return wanted, sizes

@@ -1,0 +1,116 @@
+"""A small real artifact whose answer is known in closed form: the denoiser of Gaussian data.
+
+For data x0 ~ N(m, 0.5^2) per voxel the best epsilon is sqrt(1 - a) (x - sqrt(a) m) / (0.25 a + 1 - a), linear in x,
+with a = alpha_bar(t) and m = anterior - posterior + 10 ratio. `schedule` looks the two factors up, `prepare` computes
+m, `step` multiplies, `decode` averages the channels and doubles each axis.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+STEPS, CHANNELS, VARIANCE = 1000, 2, 0.25
+
+
+def alpha_bar() -> np.ndarray:
+    return np.cumprod(1 - np.linspace(1e-4, 2e-2, STEPS))
+
+
+def _program(nodes: list, inputs: dict, outputs: dict, constants: dict[str, np.ndarray]) -> onnx.ModelProto:
+    def values(named: dict) -> list:
+        return [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in named.items()
+        ]
+
+    initializers = [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    graph = helper.make_graph([helper.make_node(*node[:3], **node[3]) for node in nodes], "g", values(inputs),
+                              values(outputs), initializers)  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def _programs() -> dict[str, tuple[onnx.ModelProto, dict, dict]]:
+    a = alpha_bar()
+    below = a * VARIANCE + 1 - a
+    table = np.stack([np.sqrt(1 - a) / below, -np.sqrt(a * (1 - a)) / below], 1).astype(np.float32)
+    latent = ["batch", CHANNELS, "d0", "d1", "d2"]
+    column = np.array([1, -1, 10], np.float32)[:, None]
+    double = np.array([1, 1, 2, 2, 2], np.float32)
+    described = {
+        "schedule": (
+            [("Cast", ["timesteps"], ["t"], {"to": TensorProto.INT64}), ("Gather", ["table", "t"], ["rows"], {})],
+            {"timesteps": ["steps"]}, {"rows": ["steps", 2]}, {"table": table}),
+        "prepare": (
+            [("Squeeze", ["context", "one"], ["flat"], {}), ("MatMul", ["flat", "column"], ["constants"], {})],
+            {"context": ["batch", 1, 3]}, {"constants": ["batch", 1]},
+            {"one": np.array([1], np.int64), "column": column}),
+        "step": (
+            [("Split", ["row"], ["k", "c"], {"axis": 1, "num_outputs": 2}), ("Mul", ["c", "constants"], ["m"], {}),
+             ("Reshape", ["k", "shape"], ["k5"], {}), ("Reshape", ["m", "shape"], ["m5"], {}),
+             ("Mul", ["x", "k5"], ["kx"], {}), ("Add", ["kx", "m5"], ["out"], {})],
+            {"x": latent, "row": ["batch", 2], "constants": ["batch", 1]}, {"out": latent},
+            {"shape": np.array([-1, 1, 1, 1, 1], np.int64)}),
+        "decode": (
+            [("ReduceMean", ["z", "one"], ["mean"], {}),
+             ("Resize", ["mean", "", "double"], ["image"],
+              {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"})],
+            {"z": latent}, {"image": ["batch", 1, "o0", "o1", "o2"]},
+            {"one": np.array([1], np.int64), "double": double}),
+        "encode": (
+            [("AveragePool", ["image"], ["mean"], {"kernel_shape": [2, 2, 2], "strides": [2, 2, 2]}),
+             ("Concat", ["mean", "mean"], ["z_mu"], {"axis": 1}), ("Mul", ["z_mu", "zero"], ["z_sigma"], {})],
+            {"image": ["batch", 1, "o0", "o1", "o2"]}, {"z_mu": latent, "z_sigma": latent},
+            {"zero": np.array(0, np.float32)}),
+    }  # fmt: skip
+    return {name: (_program(*program), program[1], program[2]) for name, program in described.items()}
+
+
+def _manifest(folder: Path, programs: dict) -> dict[str, Any]:
+    from volcast.runtime.artifact import digests
+
+    def tensors(named: dict) -> list[dict]:
+        return [{"name": name, "dtype": "float32", "shape": shape} for name, shape in named.items()]
+
+    fields = [{"name": "anterior", "minimum": 0, "maximum": 1, "default": 0.5, "description": "of the front"},
+              {"name": "posterior", "minimum": 0, "maximum": 1, "default": 0.25},
+              {"name": "ratio", "minimum": 0, "maximum": 1, "default": {
+                  "numerator": {"": 1, "posterior": 2}, "denominator": {"": 2, "posterior": 2, "anterior": 4}}}]  # fmt: skip
+    axes = [("batch", 1, 4, 1), ("steps", 1, STEPS, 1), *((f"d{i}", 2, 16, 2) for i in range(3)),
+            *((f"o{i}", 4, 32, 4) for i in range(3))]  # fmt: skip
+    return {
+        "format": 1,
+        "name": "gaussian",
+        "precision": "fp32",
+        "axes": [dict(zip(("name", "minimum", "maximum", "multiple"), axis, strict=True)) for axis in axes],
+        "programs": {
+            name: {"file": f"{name}.onnx", "inputs": tensors(inputs), "outputs": tensors(outputs),
+                   "nodes": len(model.graph.node), "nodes_before": 9, "flops": 100, "flops_before": 200}
+            for name, (model, inputs, outputs) in programs.items()
+        },
+        "scheduler": {"scheduler": "ddim", "prediction_type": "epsilon", "steps": 20},
+        "scale_factor": 0.5,
+        "latent_shape": [CHANNELS, 4, 6, 4],
+        "spacing_mm": [1.0, 1.5, 2.0],
+        "conditions": [{"name": "context", "shape": [1, 3], "fields": fields, "unconditional": -1.0}],
+        "provenance": {"bundle": "closed form"},
+        "files": digests(folder),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def gaussian(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifact's folder; copy it before changing it."""
+    folder = tmp_path_factory.mktemp("gaussian")
+    programs = _programs()
+    for name, (model, _, _) in programs.items():
+        onnx.save(model, folder / f"{name}.onnx")
+    (folder / "manifest.json").write_text(json.dumps(_manifest(folder, programs), indent=1))
+    return folder
