@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from volcast.export.bundle_conditions import described_conditions, network_conditions
+from volcast.export.bundle_config import shown
 from volcast.export.bundle_expression import WeightFile, is_number
 from volcast.export.bundle_networks import NetworkPlan
 from volcast.export.bundle_plan import BundlePlan, plan_bundle
 from volcast.export.weights import LargeFiles, digest, entry, read_checkpoint, scalar, state_dict
-from volcast.export.weights_keys import load_weights
+from volcast.export.weights_keys import is_generative, load_weights
 from volcast.runtime.spec import ConditionSpec, SchedulerSpec
 
 
@@ -53,43 +54,64 @@ def read_bundle(
     """
     plan = plan_bundle(folder, config=config, weights=weights, settings=settings)
     latent_shape = _latent_shape(plan)
-    scheduler = plan.scheduler
     conditions = _conditions(plan, latent_shape[0])
+    spacing, found_spacing = _spacing(plan)
     files = LargeFiles(plan.root)
-    provenance = dict(plan.provenance)
-    networks: dict[str, torch.nn.Module] = {}
-    wrapped: dict[str, Any] = {}
-    for role, network in (("unet", plan.unet), ("autoencoder", plan.autoencoder)):
-        if network is None:
-            continue
-        path, keys = plan.weight_file(role, network)
-        files.check(path)
-        checkpoint = read_checkpoint(path)
-        if role == "unet":
-            wrapped = checkpoint
-        provenance[f"{role}_sha256"] = digest(path)
-        networks[role] = _load(network, state_dict(checkpoint, keys, path, role), path, role)
-    spacing, where = _spacing(plan)
-    provenance["spacing_mm"] = where
-    scale_factor, where = _scale_factor(plan, wrapped, files)
-    provenance["scale_factor"] = where
+    unet = _load(plan, "unet", plan.unet, files)
+    autoencoder = None if plan.autoencoder is None else _load(plan, "autoencoder", plan.autoencoder, files)
+    scale_factor, found_scale = _scale_factor(plan, unet, files)
     return Bundle(
-        name=provenance["bundle"],
-        unet=networks["unet"],
-        autoencoder=networks.get("autoencoder"),
-        scheduler=scheduler,
+        name=plan.provenance["bundle"],
+        unet=unet.network,
+        autoencoder=None if autoencoder is None else autoencoder.network,
+        scheduler=plan.scheduler,
         scale_factor=scale_factor,
         latent_shape=latent_shape,
         spacing_mm=spacing,
         conditions=conditions,
-        provenance=provenance,
+        provenance={
+            **plan.provenance,
+            **unet.provenance,
+            **({} if autoencoder is None else autoencoder.provenance),
+            "spacing_mm": found_spacing,
+            "scale_factor": found_scale,
+        },
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Loaded:
+    network: torch.nn.Module
+    path: Path
+    checkpoint: Mapping[str, Any]
+    provenance: Mapping[str, str]
+
+
+def _load(plan: BundlePlan, role: str, network: NetworkPlan, files: LargeFiles) -> _Loaded:
+    path, keys = plan.weight_file(role, network)
+    files.check(path)
+    checkpoint = read_checkpoint(path)
+    state = state_dict(checkpoint, keys, path, role)
+    generative = is_generative(state)
+    # GM projects after attention in its transformer blocks only (weights_keys.py).
+    changed = {"include_fc": bool(network.arguments.get("with_conditioning"))} if generative else {}
+    return _Loaded(
+        network=load_weights(network.build(**changed), state, path, role),
+        path=path,
+        checkpoint=checkpoint,
+        provenance={
+            f"{role}_class": network.kind.network.__name__,
+            f"{role}_file": path.name,
+            f"{role}_sha256": digest(path),
+            f"{role}_keys": "GenerativeModels" if generative else "MONAI",
+        },
     )
 
 
 def _latent_shape(plan: BundlePlan) -> tuple[int, ...]:
     arguments = plan.unet.arguments
     dims = arguments["spatial_dims"]
-    remedy = f"give it with --set latent_shape=[C,{','.join(['SIZE'] * dims) if type(dims) is int and dims < 4 else '...'}]"
+    remedy = f"give it with --set latent_shape=[C{',SIZE' * dims}]"
     if "latent_shape" in plan.config:
         shape = plan.config.need("latent_shape", remedy)
     elif len({noise[1:] for noise in plan.noises}) == 1:
@@ -97,8 +119,8 @@ def _latent_shape(plan: BundlePlan) -> tuple[int, ...]:
     else:
         raise ValueError(f"[bundle] latent_shape: the config has neither it nor one noise shape; {remedy}")
     good = isinstance(shape, list | tuple) and all(type(size) is int and 0 < size <= 2**20 for size in shape)
-    if not good or len(shape) != dims + 1 or dims not in (2, 3):
-        raise ValueError(f"[bundle] latent_shape={str(shape)[:80]}: need (C, then {dims} sizes); {remedy}")
+    if not good or len(shape) != dims + 1:
+        raise ValueError(f"[bundle] latent_shape={shown(shape)}: need (C, then {dims} sizes); {remedy}")
     levels = len(arguments.get("channels") or arguments["num_channels"])
     if any(size % 2 ** (levels - 1) for size in shape[1:]):
         raise ValueError(
@@ -119,20 +141,12 @@ def _latent_shape(plan: BundlePlan) -> tuple[int, ...]:
 def _conditions(plan: BundlePlan, latent_channels: int) -> tuple[ConditionSpec, ...]:
     tokens = plan.config.need("context_tokens") if "context_tokens" in plan.config else 1
     if type(tokens) is not int or not 1 <= tokens <= 2**16:
-        raise ValueError(f"[bundle] context_tokens={tokens!r}: need 1..{2**16}; --set context_tokens=1")
+        raise ValueError(f"[bundle] context_tokens={shown(tokens)}: need 1..{2**16}; --set context_tokens=1")
     derived = network_conditions(plan.unet.arguments, latent_channels, tokens)
-    notes = plan.config_file.parent / "volcast.json"
-    return described_conditions(notes, derived) if notes.is_file() else derived
-
-
-def _load(network: NetworkPlan, state: Mapping[str, torch.Tensor], path: Path, role: str) -> torch.nn.Module:
-    def build(generative: bool) -> torch.nn.Module:
-        if not generative:
-            return network.build()
-        # GM projects after attention in its transformer blocks only (weights_keys.py).
-        return network.build(include_fc=bool(network.arguments.get("with_conditioning", False)))
-
-    return load_weights(build, state, path, role)
+    for notes in (plan.root / "configs" / "volcast.json", plan.config_file.parent / "volcast.json"):
+        if notes.is_file():
+            return described_conditions(notes, derived)
+    return derived
 
 
 def _spacing(plan: BundlePlan) -> tuple[tuple[float, ...], str]:
@@ -144,32 +158,30 @@ def _spacing(plan: BundlePlan) -> tuple[tuple[float, ...], str]:
             values = value if isinstance(value, list | tuple) else [value]
             if len(values) != dims or not all(is_number(v) and 0 < v <= 1000 for v in values):
                 raise ValueError(
-                    f"[bundle] {key}={str(value)[:80]}: need {dims} sizes in mm; --set spacing_mm=[...]"
+                    f"[bundle] {key}={shown(value)}: need {dims} sizes in mm; --set spacing_mm=[...]"
                 )
             return tuple(float(v) for v in values), f"config {key}"
     return (1.0,) * dims, "assumed 1 mm"
 
 
-def _scale_factor(
-    plan: BundlePlan, unet_checkpoint: Mapping[str, Any], files: LargeFiles
-) -> tuple[float, str]:
+def _scale_factor(plan: BundlePlan, unet: _Loaded, files: LargeFiles) -> tuple[float, str]:
     """What the latent is divided by before decoding, and where it was found."""
     remedy = "give it with --set scale_factor=..."
-    value, where = 1.0, "assumed 1"
+    value: Any = 1.0
+    where = "assumed 1"
     if "scale_factor" in plan.config:
         value, where = plan.config.need("scale_factor", remedy), "config"
-        if isinstance(value, WeightFile):
-            path = plan.weights.get("unet") or plan.local(value.path, "--set scale_factor=...")
-            checkpoint = unet_checkpoint
-            if "unet" not in plan.weights and value.path != plan.loads.get(plan.unet.id, WeightFile("")).path:
-                files.check(path)
-                checkpoint = read_checkpoint(path)
-            value, where = scalar(entry(checkpoint, value.keys, path, remedy), path, value.keys), path.name
-    elif "scale_factor" in unet_checkpoint:
-        value, where = (
-            scalar(unet_checkpoint["scale_factor"], Path("checkpoint"), ("scale_factor",)),
-            "checkpoint",
+    elif "scale_factor" in unet.checkpoint:
+        value = WeightFile(
+            plan.loads[plan.unet.id].path if plan.unet.id in plan.loads else "", ("scale_factor",)
         )
+    if isinstance(value, WeightFile):
+        beside = plan.unet.id not in plan.loads or value.path == plan.loads[plan.unet.id].path
+        path = unet.path if beside else plan.local(value.path, "--set scale_factor=...")
+        if not beside:
+            files.check(path)
+        checkpoint = unet.checkpoint if beside else read_checkpoint(path)
+        value, where = scalar(entry(checkpoint, value.keys, path, remedy), path, value.keys), path.name
     if not is_number(value) or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"[bundle] scale_factor={str(value)[:80]}: need a number above 0; {remedy}")
+        raise ValueError(f"[bundle] scale_factor={shown(value)}: need a number above 0; {remedy}")
     return float(value), where

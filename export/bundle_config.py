@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import re
+import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,9 +36,13 @@ def read_data(path: Path) -> tuple[dict[str, Any], str]:
         _check_size(data)
     # PyYAML's constructors leak these for odd scalars such as `!!int x` and `!!bool x`
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise ValueError(f"[bundle] {path}: {_one_line(error)}; write valid json or yaml") from None
+        raise ValueError(
+            f"[bundle] {path}: {one_line(error) or type(error).__name__}; write valid json or yaml"
+        ) from None
     except yaml.YAMLError as error:
-        raise ValueError(f"[bundle] {path}: {_one_line(error)}; write valid yaml") from None
+        raise ValueError(
+            f"[bundle] {path}: {one_line(error) or type(error).__name__}; write valid yaml"
+        ) from None
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise ValueError(f"[bundle] {path}: holds no mapping of names to values; write one")
     return data, hashlib.sha256(raw).hexdigest()
@@ -50,9 +55,9 @@ def validated(model: type[_Model], data: Any, where: str) -> _Model:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
-        value = "" if first["type"] == "missing" or not place else f"={_short(first['input'])}"
+        value = "" if first["type"] == "missing" or not place else f"={shown(first['input'])}"
         message = first["msg"].removeprefix("Value error, ")
-        raise ValueError(f"[bundle] {where}: {place}{value}: {_one_line(message)}") from None
+        raise ValueError(f"[bundle] {where}: {place}{value}: {one_line(message)}") from None
 
 
 class Config:
@@ -67,11 +72,11 @@ class Config:
             self._set(id, value, known)
 
     def __contains__(self, id: str) -> bool:
+        """Whether there is a value at that id; null counts as none."""
         try:
-            self.raw(id)
+            return self.raw(id) is not None
         except Unreadable:
             return False
-        return True
 
     def raw(self, id: str) -> Any:
         """What the config says at that id, unread. Unreadable if there is no such id."""
@@ -106,9 +111,9 @@ class Config:
         try:
             return self.get(id)
         except Unreadable as error:
-            shown = f"={_short(self.raw(id))}" if id in self else ""
+            text = f"={shown(self.raw(id))}" if id in self else ""
             remedy = remedy or f"give its value with --set {'#'.join(split(id))}=..."
-            raise ValueError(f"[bundle] {id}{shown}: {error}; {remedy}") from None
+            raise ValueError(f"[bundle] {id}{text}: {error}; {remedy}") from None
 
     def arguments(self, component: str) -> dict[str, Value]:
         """The constructor arguments of a component: its keys without MONAI's own `_..._`."""
@@ -160,7 +165,7 @@ class Config:
                 else []
             )
             raise ValueError(
-                f"[bundle] --set {id}: no such key; known: {_short(', '.join(map(str, names)), 400)}"
+                f"[bundle] --set {id}: no such key; known: {one_line(', '.join(map(str, names)), 400)}"
             )
 
     def _resolve(self, value: Any, id: str) -> Value:
@@ -208,13 +213,21 @@ def _check_size(data: Any) -> None:
             raise ValueError(f"more than {MAX_NODES} values or {MAX_DEPTH} levels")
         if isinstance(value, dict | list):
             children = value.values() if isinstance(value, dict) else value
+            if isinstance(value, dict) and any(
+                isinstance(key, str) and not key.isprintable() for key in value
+            ):
+                raise ValueError("a key holds control characters")
             stack.extend((child, depth + 1) for child in children)
 
 
-def _one_line(error: object) -> str:
-    return _short(" ".join(str(error).split()), 200) or type(error).__name__
+def one_line(text: object, limit: int = 200) -> str:
+    """The text with its whitespace collapsed, shortened."""
+    short = " ".join(str(text).split())
+    return short if len(short) <= limit else short[: limit - 3] + "..."
 
 
-def _short(value: object, limit: int = 80) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+def shown(value: object) -> str:
+    """A short repr for messages. References can make small configs huge when written out, so never `str` a value."""
+    brief = reprlib.Repr()
+    brief.maxlevel, brief.maxstring, brief.maxother = 3, 80, 80
+    return one_line(brief.repr(value), 100)

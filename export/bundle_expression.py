@@ -132,7 +132,7 @@ def evaluate(expression: str, lookup: Callable[[str], Value]) -> Value:
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         raise Unreadable(f"is not an expression that can be read ({type(error).__name__})") from None
     except (TypeError, ArithmeticError, LookupError) as error:
-        raise Unreadable(f"has no value: {error}") from None
+        raise Unreadable(f"has no value ({type(error).__name__})") from None
 
 
 class _Folder:
@@ -268,10 +268,18 @@ class _Folder:
         return value[index]
 
     def _fold_attribute(self, node: ast.Attribute) -> Value:
+        if self._foreign(node):
+            self._refuse(node)
         value = self.fold(node.value)
         if isinstance(value, Component) and node.attr in {"load_state_dict", "load_old_state_dict"}:
             return Loader(value.id)
         self._refuse(node)
+
+    def _foreign(self, node: ast.expr) -> bool:
+        """Whether a chain of attributes and calls starts at a name of Python's, such as `torch` or `open`."""
+        while isinstance(node, ast.Attribute | ast.Call):
+            node = node.value if isinstance(node, ast.Attribute) else node.func
+        return isinstance(node, ast.Name) and not node.id.startswith(_PLACEHOLDER)
 
     def _fold_call(self, node: ast.Call) -> Value:
         name = ast.unparse(node.func) if isinstance(node.func, ast.Name | ast.Attribute) else ""
@@ -296,6 +304,8 @@ class _Folder:
                 return value if isinstance(value, _SYMBOLS) or is_number(value) else self._refuse(node)
             if node.func.attr == "set_timesteps":
                 return self._timesteps(node.func.value, node)
+        if self._foreign(node.func):
+            self._refuse(node)
         loader = self.fold(node.func)
         source = self._argument(node, "state_dict", "old_state_dict") if isinstance(loader, Loader) else None
         if not isinstance(source, WeightFile):

@@ -13,14 +13,16 @@ from monai.apps.generation.maisi.networks.autoencoderkl_maisi import Autoencoder
 from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
 from monai.networks.nets import AutoencoderKL, DiffusionModelUNet
 
+from volcast.export.bundle_config import one_line, shown
 from volcast.export.bundle_expression import is_number
 
 _MONAI = r"(?:(?:monai|generative)\.networks\.nets\.(?:\w+\.)?)?"
 _MAISI = r"(?:monai\.apps\.generation\.maisi\.networks\.(?:\w+\.)?)?"
 # Bounds that keep a hostile config from building networks for hours; the largest published UNet has 4 levels.
-_LIMITS = {"num_res_blocks": 64, "transformer_num_layers": 64, "num_splits": 1024}
+_LIMITS = {"spatial_dims": 3, "num_res_blocks": 64, "transformer_num_layers": 64, "num_splits": 1024}
 _MAX_LEVELS = 12
 _MAX_INTEGER = 2**20
+_MINIMUM = {"spatial_dims": 2, "num_head_channels": 0, "dim_split": 0, "num_splits": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +101,7 @@ class NetworkPlan:
             AttributeError,
             AssertionError,
         ) as error:
-            message = " ".join(str(error).split())[:200]
-            raise ValueError(f"[bundle] {self.id}: {name} refuses its arguments: {message}") from None
+            raise ValueError(f"[bundle] {self.id}: {name} refuses its arguments: {one_line(error)}") from None
 
 
 def kind_of(target: str) -> NetworkKind | None:
@@ -134,20 +135,27 @@ def plan_network(id: str, target: str, arguments: Mapping[str, Any]) -> NetworkP
     if missing:
         raise ValueError(f"[bundle] {id}: {missing[0]} is missing; give it with --set {id}#{missing[0]}=...")
     for key, value in known.items():
-        _check(id, key, value)
+        _check(id, key, value, str(parameters[key].annotation))
     return NetworkPlan(id=id, kind=kind, arguments={**defaults, **known, **kind.fixed})
 
 
-def _check(id: str, key: str, value: Any) -> None:
-    items = value if isinstance(value, list | tuple) else [value]
-    scalars = all(item is None or isinstance(item, bool) or is_number(item) for item in items)
+def _check(id: str, key: str, value: Any, annotation: str) -> None:
+    """`annotation` is MONAI's own, such as `Sequence[int] | int`."""
     limit = _LIMITS.get(key, _MAX_INTEGER)
-    if (
-        not scalars
-        or len(items) > _MAX_LEVELS
-        or any(is_number(item) and not 0 <= item <= limit for item in items)
-    ):
+    if not any(_fits(value, kind.strip(), _MINIMUM.get(key, 1), limit) for kind in annotation.split("|")):
         raise ValueError(
-            f"[bundle] {id}#{key}={str(value)[:80]!r}: need numbers or booleans from 0 to {limit}, "
-            f"at most {_MAX_LEVELS} of them; correct it with --set {id}#{key}=..."
+            f"[bundle] {id}#{key}={shown(value)}: need {annotation} up to {limit}, at most {_MAX_LEVELS} levels; "
+            f"correct it with --set {id}#{key}=..."
         )
+
+
+def _fits(value: Any, kind: str, minimum: int, limit: int) -> bool:
+    if kind.startswith("Sequence["):
+        item = kind.removeprefix("Sequence[").removesuffix("]")
+        good = isinstance(value, list | tuple) and 0 < len(value) <= _MAX_LEVELS
+        return good and all(_fits(entry, item, minimum, limit) for entry in value)
+    if kind == "int":
+        return type(value) is int and minimum <= value <= limit
+    if kind == "float":
+        return is_number(value) and 0 <= value <= limit
+    return isinstance(value, bool) if kind == "bool" else kind == "None" and value is None

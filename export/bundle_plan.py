@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import monai
 
-from volcast.export.bundle_config import Config, read_data
+from volcast.export.bundle_config import Config, one_line, read_data, shown
 from volcast.export.bundle_expression import Component, Load, Noise, Timesteps, Unreadable, WeightFile
 from volcast.export.bundle_networks import NetworkPlan, kind_of, known_networks, plan_network
 from volcast.export.bundle_scheduler import known_schedulers, read_scheduler, scheduler_name
@@ -71,7 +71,7 @@ class BundlePlan:
             # A file of one's own need not be wrapped as the bundle's is.
             return self.weights[role], keys if given is not None else ()
         if source is None:
-            why = f" ({'; '.join(self.unread[:2])})" if self.unread else ""
+            why = f" ({one_line('; '.join(self.unread[:2]))})" if self.unread else ""
             raise ValueError(
                 f"[bundle] {network.id}: no load_state_dict of the config that can be read{why}; "
                 f"give the file with --weights {role}=FILE"
@@ -114,11 +114,9 @@ def plan_bundle(
     metadata_file = file.parent / "metadata.json"
     metadata = read_data(metadata_file)[0] if metadata_file.is_file() else {}
     provenance = {
-        "bundle": str(metadata.get("name") or (root.name if file.parent != root else file.stem) or "model")[
-            :200
-        ],
-        "bundle_version": str(metadata.get("version", "unknown"))[:200],
-        "bundle_monai_version": str(metadata.get("monai_version", "unknown"))[:200],
+        "bundle": one_line(metadata.get("name") or root.name or "model"),
+        "bundle_version": one_line(metadata.get("version", "unknown")),
+        "bundle_monai_version": one_line(metadata.get("monai_version", "unknown")),
         "monai_version": monai.__version__,
         "config": file.name,
         "config_sha256": config_sha256,
@@ -157,7 +155,7 @@ def _choose(read: Config, role: Role, candidates: list[str], choices: Mapping[st
     """The id of the component for a role: chosen, only one, or the one under a usual name."""
     if role in choices:
         choice: str | None = choices[role]
-        if choice is not None and not isinstance(read.get(choice) if choice in read else None, Component):
+        if choice is not None and not isinstance(read.need(choice) if choice in read else None, Component):
             raise ValueError(
                 f"[bundle] --set {role}={choice}: no component of the config; there: {', '.join(candidates)}"
             )
@@ -206,7 +204,7 @@ def _scheduler(
     if "num_inference_steps" in read:
         steps = read.need("num_inference_steps")
         if type(steps) is not int or steps < 1:
-            raise ValueError(f"[bundle] num_inference_steps={str(steps)[:80]!r}: need a whole number from 1")
+            raise ValueError(f"[bundle] num_inference_steps={shown(steps)}: need a whole number from 1")
     return read_scheduler(
         component, str(read.raw(component).get("_target_")), read.arguments(component), steps, spatial_dims
     )

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from volcast.export.bundle_config import validated
+from volcast.export.bundle_config import shown, validated
 from volcast.runtime.spec import NoiseSchedule, SchedulerSpec
 
 _MODULES = r"(?:(?:monai|generative)\.networks\.schedulers\.(?:\w+\.)?)?"
@@ -68,7 +68,7 @@ def read_scheduler(
         dims = options.pop("spatial_dim", 3 if options.get("use_timestep_transform") else spatial_dims)
         if dims != spatial_dims:
             raise ValueError(
-                f"[bundle] {id}#spatial_dim={dims!r}: the network has {spatial_dims} spatial axes; set it so"
+                f"[bundle] {id}#spatial_dim={shown(dims)}: the network has {spatial_dims} spatial axes; set it so"
             )
     else:
         noise = _noise_options(id, options)
@@ -77,7 +77,7 @@ def read_scheduler(
     unknown = sorted(options.keys() - _OPTIONS[name])
     if unknown:
         raise ValueError(
-            f"[bundle] {id}: {target.rpartition('.')[2]} option {unknown[0]}={str(options[unknown[0]])[:80]!r} is not "
+            f"[bundle] {id}: {target.rpartition('.')[2]} option {unknown[0]}={shown(options[unknown[0]])} is not "
             f"implemented; known: {', '.join(sorted(_OPTIONS[name]))}"
         )
     schedule = validated(NoiseSchedule, noise, id)
@@ -107,8 +107,6 @@ def _noise_options(id: str, options: dict[str, Any]) -> dict[str, Any]:
             )
     schedule = options.pop("schedule", "linear_beta")
     if not isinstance(schedule, str) or schedule not in _SCHEDULES:
-        raise ValueError(
-            f"[bundle] {id}#schedule={str(schedule)[:80]!r}: need one of {', '.join(_SCHEDULES)}"
-        )
+        raise ValueError(f"[bundle] {id}#schedule={shown(schedule)}: need one of {', '.join(_SCHEDULES)}")
     noise = {key: options.pop(key) for key in _SCHEDULES[schedule] if key in options}
     return {"schedule": schedule, **noise}

@@ -16,7 +16,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from volcast.export.bundle_config import read_data
+from volcast.export.bundle_config import one_line, read_data
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "unet_state_dict", "autoencoder_state_dict", "network")
 """Names under which training scripts store a network's weights inside a checkpoint."""
@@ -58,7 +58,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         struct.error,
         zipfile.BadZipFile,
     ) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error, 120)
         raise ValueError(f"[weights] {path}: truncated or not a weight file ({reason}); {_REMEDY}") from None
     if not isinstance(data, Mapping) or not data:
         raise ValueError(f"[weights] {path}: holds a {type(data).__name__}, not a state dict; {_REMEDY}")
@@ -159,7 +159,7 @@ class LargeFiles:
         if found is None:
             return
         if not path.is_file():
-            url = f"download {str(found['url'])[:200]}" if found.get("url") else "copy it there"
+            url = f"download {one_line(found['url'])}" if found.get("url") else "copy it there"
             raise ValueError(f"[weights] {path}: no such file; {url} (large_files.yml), or use --weights")
         wanted, kind = found.get("hash_val"), found.get("hash_type", "md5")
         if not wanted:

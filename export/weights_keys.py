@@ -7,7 +7,7 @@ is dropped and the network is built without that projection.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -65,14 +65,13 @@ def _combine(state: dict[str, torch.Tensor], names: set[str]) -> dict[str, torch
 
 
 def load_weights(
-    build: Callable[[bool], torch.nn.Module], state: Mapping[str, torch.Tensor], path: Path, role: str
+    network: torch.nn.Module, state: Mapping[str, torch.Tensor], path: Path, role: str
 ) -> torch.nn.Module:
-    """The network with these weights in float32, eval mode, gradients off.
+    """The network with these weights in float32, eval mode, gradients off; it may come on the meta device.
 
-    `build(generative)` makes it on the meta device, for GM's keys or for MONAI's. ValueError for missing, unexpected
-    or misshapen tensors and for NaN or Inf, with up to three keys and the remedy.
+    GM's keys need it built with `include_fc` as GM works: True with transformer blocks, else False. ValueError for
+    missing, unexpected or misshapen tensors and for NaN or Inf, with up to three keys and the remedy.
     """
-    network = build(is_generative(state))
     target = network.state_dict()
     tensors = to_monai(state, target)
     remedy = f"the config does not describe this file: correct the network's arguments or name it with --weights {role}=FILE"

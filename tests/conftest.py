@@ -114,3 +114,63 @@ def gaussian(tmp_path_factory: pytest.TempPathFactory) -> Path:
         onnx.save(model, folder / f"{name}.onnx")
     (folder / "manifest.json").write_text(json.dumps(_manifest(folder, programs), indent=1))
     return folder
+
+
+@pytest.fixture(scope="session")
+def generative_keys() -> Any:
+    """`rename(state)`: a MONAI state dict under the GenerativeModels package's names, its unused proj_attn added."""
+    import torch
+
+    def rename(state: dict[str, Any]) -> dict[str, Any]:
+        old = {}
+        for key, value in state.items():
+            name = key.replace(".postconv.", ".conv.").replace(".out_proj.", ".to_out.0.")
+            if ".attn.to_" in name:
+                name = name.replace(".attn.", ".")
+                old[name.replace("to_q", "proj_attn").replace("to_k", "proj_attn").replace("to_v", "proj_attn")] = (
+                    torch.randn_like(value)
+                )
+            old[name] = value
+        return old
+
+    return rename
+
+
+@pytest.fixture
+def zoo_bundle(tmp_path: Path, generative_keys: Any) -> Any:
+    """`make(name, **settings) -> Bundle`: tests/configs/<name>, narrowed, with random weights in every parameter.
+
+    MONAI's fresh UNets return exactly 0, so weights are N(0, 0.05^2) and norm scales 1 + N(0, 0.05^2). `settings` are
+    ids with `__` for `#`. Bundles that their makers trained with GenerativeModels get its keys.
+    """
+    import torch
+    from volcast.export.bundle import read_bundle
+    from volcast.export.bundle_plan import plan_bundle
+
+    configs = Path(__file__).parent / "configs"
+
+    def make(name: str, **settings: Any) -> Any:
+        narrow = json.loads((configs / "narrow.json").read_text())[name]
+        narrow |= {key.replace("__", "#"): value for key, value in settings.items()}
+        source = next(configs.glob(f"{name}.[jy]*"))
+        file = tmp_path / name / "configs" / f"inference{source.suffix}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(source.read_bytes())
+        plan = plan_bundle(tmp_path / name, settings=narrow)
+        generator = torch.Generator().manual_seed(0)
+        for role, network in (("unet", plan.unet), ("autoencoder", plan.autoencoder)):
+            if network is None:
+                continue
+            old = "brats" in name or "brain" in name
+            fc = {"include_fc": bool(network.arguments.get("with_conditioning"))} if old else {}
+            state = {}
+            for key, value in network.build(**fc).state_dict().items():
+                noise = 0.05 * torch.randn(value.shape, generator=generator)
+                state[key] = noise + 1 if value.dim() == 1 and key.endswith("weight") else noise
+            path, keys = plan.weight_file(role, network)
+            path.parent.mkdir(exist_ok=True)
+            content = generative_keys(state) if old else state
+            torch.save({keys[0]: content, "scale_factor": torch.tensor(0.75)} if keys else content, path)
+        return read_bundle(tmp_path / name, settings=narrow)
+
+    return make

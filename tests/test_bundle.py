@@ -1,10 +1,13 @@
 """Bundle -> networks, scheduler, conditions; the oracle is MONAI itself, built by hand from the same numbers."""
 
+import json
 from pathlib import Path
 
+import pytest
 import safetensors.torch
 import torch
 from monai.networks.nets import AutoencoderKL, DiffusionModelUNet
+
 from volcast.export.bundle import read_bundle
 from volcast.runtime.spec import Ratio
 
@@ -58,3 +61,132 @@ def test_default_bundle_is_the_network_that_monai_builds():
     assert isinstance(ratio, Ratio)
     assert ratio.numerator == {"": 993, "posterior": 1160}
     assert ratio.denominator == {"": 993 + 1054, "posterior": 1160, "anterior": 1536}
+
+
+ZOO = {
+    "brats_3d_generative": ("ddim", 50, (4, 8, 12, 8), 1.0),
+    "brats_3d": ("ddim", 50, (8, 8, 12, 8), 1.0),
+    "brats_2d": ("ddim", 50, (1, 16, 24), 1.0),
+    "brain_ldm": ("ddim", 50, (3, 8, 12, 8), 1.0),
+    "maisi_rflow": ("rflow", 30, (4, 8, 16, 8), 0.75),
+    "mednist_ddpm": ("ddpm", 1000, (1, 16, 16), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_published_bundles_are_read_and_run(zoo_bundle, name):
+    bundle = zoo_bundle(name)
+    scheduler = bundle.scheduler
+    assert (scheduler.scheduler, scheduler.steps, bundle.latent_shape, bundle.scale_factor) == ZOO[name]
+    assert (bundle.autoencoder is None) == (name == "mednist_ddpm")
+    x = torch.randn(2, *bundle.latent_shape)
+    inputs = {}
+    for condition in bundle.conditions:
+        if condition.name == "concat":
+            x = torch.cat([x, torch.randn(2, condition.shape[0], *x.shape[2:])], 1)
+        elif condition.dtype == "int64":
+            inputs[condition.name] = torch.tensor([1, 2])
+        else:
+            inputs[condition.name] = torch.rand(2, *condition.shape)
+    with torch.no_grad():
+        eps = bundle.unet(x, timesteps=torch.tensor([7.0, 400.0]), **inputs)
+        assert eps.shape == (2, *bundle.latent_shape) and eps.isfinite().all() and eps.std() > 0.01
+        if bundle.autoencoder is not None:
+            volume = bundle.autoencoder.decode(x[:1, : bundle.latent_shape[0]])
+            assert volume.shape[1] == 1 and volume.isfinite().all() and volume.std() > 1e-3
+
+
+def test_conditions_of_published_bundles(zoo_bundle):
+    named = {c.name: (c.dtype, c.shape) for c in zoo_bundle("brain_ldm").conditions}
+    assert named == {"context": ("float32", (1, 4)), "concat": ("float32", (4, "d0", "d1", "d2"))}
+    maisi = zoo_bundle("maisi_rflow")
+    named = {c.name: (c.dtype, c.shape) for c in maisi.conditions}
+    assert named == {"class_labels": ("int64", ()), "spacing_tensor": ("float32", (3,))}
+    assert maisi.spacing_mm == (1.5, 1.5, 1.5)
+
+
+def small(tmp_path, **changes):
+    """A bundle of one tiny UNet; `changes` replace its config's keys, None takes one out."""
+    config = {
+        "network_def": {
+            "_target_": "DiffusionModelUNet",
+            "spatial_dims": 2,
+            "in_channels": 1,
+            "out_channels": 1,
+            "channels": [8, 8],
+            "attention_levels": [False, False],
+            "num_head_channels": 8,
+            "norm_num_groups": 4,
+            "num_res_blocks": 1,
+        },
+        "latent_shape": [1, 4, 4],
+        "noise_scheduler": {"_target_": "DDIMScheduler"},
+        "num_inference_steps": 10,
+        "load": "$@network_def.load_state_dict(load_file(@bundle_root + '/models/unet.safetensors'))",
+        **changes,
+    }
+    config = {key: value for key, value in config.items() if value is not None}
+    (tmp_path / "configs").mkdir(exist_ok=True)
+    (tmp_path / "models").mkdir(exist_ok=True)
+    (tmp_path / "configs" / "inference.json").write_text(json.dumps(config))
+    arguments = {key: value for key, value in config["network_def"].items() if key != "_target_"}
+    network = DiffusionModelUNet(**arguments)
+    safetensors.torch.save_file(network.state_dict(), tmp_path / "models" / "unet.safetensors")
+    return tmp_path
+
+
+REFUSED = {
+    "latent_shape=.*--set latent_shape": {"latent_shape": [1, 4]},
+    "latent_shape: the config has neither.*--set latent_shape": {"latent_shape": None},
+    "multiples of 2": {"latent_shape": [1, 5, 4]},
+    "UNet makes 1 channels": {"latent_shape": [2, 4, 4]},
+    "scale_factor='\\$compute\\(\\)'.*'compute\\(\\)', which is not run.*--set scale_factor": {
+        "scale_factor": "$compute()"
+    },
+    "scale_factor=nan": {"scale_factor": float("nan")},
+    "spacing_mm=.*need 2": {"spacing_mm": [1.0, 1.0, 1.0]},
+    "num_inference_steps=0": {"num_inference_steps": 0},
+    "num_inference_steps=1001": {"num_inference_steps": 1001},
+    "sets no steps.*--set num_inference_steps": {"num_inference_steps": None},
+    "no load_state_dict.*--weights unet=FILE": {"load": "$@network_def.load_state_dict(fetch(@bundle_root))"},
+    "outside the bundle.*--weights unet=FILE": {
+        "load": "$@network_def.load_state_dict(load_file('/etc/passwd'))"
+    },
+    "no such file": {"load": "$@network_def.load_state_dict(load_file('models/other.safetensors'))"},
+    "context_tokens=0": {"context_tokens": 0},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refusals_name_value_and_remedy(tmp_path, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        read_bundle(small(tmp_path, **REFUSED[message]))
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_supply_what_cannot_be_read(tmp_path):
+    folder = small(tmp_path, scale_factor="$compute()", latent_shape=None)
+    settings = {"scale_factor": 0.5, "latent_shape": [1, 8, 4], "noise_scheduler#clip_sample": False}
+    bundle = read_bundle(folder, settings=settings, weights={"unet": folder / "models" / "unet.safetensors"})
+    assert (bundle.scale_factor, bundle.latent_shape, bundle.scheduler.clip_sample) == (0.5, (1, 8, 4), False)
+    assert bundle.autoencoder is None and bundle.provenance["spacing_mm"] == "assumed 1 mm"
+
+
+def test_plain_config_file_and_nan_weights(tmp_path):
+    folder = small(tmp_path, noise="$torch.randn(1, 1, 4, 8)", latent_shape=None)
+    file = (folder / "configs" / "inference.json").rename(folder / "unet.json")
+    assert read_bundle(file).latent_shape == (1, 4, 8)
+    weights = safetensors.torch.load_file(folder / "models" / "unet.safetensors")
+    weights["out.0.bias"][3] = float("nan")
+    safetensors.torch.save_file(weights, folder / "models" / "unet.safetensors")
+    with pytest.raises(ValueError, match=r"unet.safetensors has NaN or Inf in out\.0\.bias; "):
+        read_bundle(file)
+
+
+def test_large_files_hashes_are_checked(tmp_path):
+    folder = small(tmp_path)
+    (folder / "large_files.yml").write_text(
+        "large_files:\n- path: models/unet.safetensors\n  hash_val: '00'\n"
+    )
+    with pytest.raises(ValueError, match=r"its md5 is not 00 \(large_files.yml\)"):
+        read_bundle(folder)
