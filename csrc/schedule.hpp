@@ -26,7 +26,8 @@ enum class Spacing { leading, linspace, trailing };
 std::vector<std::int64_t> spaced_timesteps(Spacing spacing, std::int64_t train, std::int64_t steps,
                                            std::int64_t steps_offset);
 
-// MONAI 1.6.1's grid for DDIM and DDPM: round(linspace(T-1-offset, 0, steps)) + offset, in float32.
+// MONAI 1.6.1's grid for DDIM and DDPM: round(linspace(T-1-offset, 0, steps)) + offset, in float32. Equal for every
+// `steps` at T = 1000; for other T torch's vector code may round a near tie the other way.
 std::vector<std::int64_t> monai_linspace(std::int64_t train, std::int64_t steps, std::int64_t steps_offset);
 
 }  // namespace volcast
