@@ -338,10 +338,10 @@ class _Folder:
         values = [self.fold(argument) for argument in node.args]
         first = values[0] if values else self._refuse(node)
         if name in {"min", "max"}:
-            items = first if len(values) == 1 and isinstance(first, list | tuple) else values
-            return (
-                (min if name == "min" else max)(items) if all(map(is_number, items)) else self._refuse(node)
-            )
+            items = values if len(values) > 1 else first
+            if not isinstance(items, list | tuple) or not items or not all(map(is_number, items)):
+                self._refuse(node)
+            return min(items) if name == "min" else max(items)
         if name.startswith("torch."):
             return first if is_number(first) or isinstance(first, WeightFile) else self._refuse(node)
         if name == "float" and isinstance(first, WeightFile):

@@ -144,6 +144,7 @@ def zoo_bundle(tmp_path: Path, generative_keys: Any) -> Any:
     ids with `__` for `#`. Bundles that their makers trained with GenerativeModels get its keys.
     """
     import torch
+
     from volcast.export.bundle import read_bundle
     from volcast.export.bundle_plan import plan_bundle
 
