@@ -1,0 +1,81 @@
+"""Export: a MONAI bundle becomes an artifact folder (ONNX programs and a manifest), written whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+from volcast.runtime.artifact import MANIFEST, digests
+from volcast.runtime.atomic import atomic_folder
+from volcast.runtime.spec import FORMAT, ArtifactSpec, Precision, ProgramSpec
+
+from .bundle import Bundle
+from .programs import PASSES, capture_model
+from .to_onnx import to_onnx
+
+
+def export_bundle(
+    bundle: Bundle,
+    folder: Path,
+    *,
+    precision: Precision = Precision.FP32,
+    batch: tuple[int, int] = (1, 64),
+    replace: bool = False,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> ArtifactSpec:
+    """Export `bundle` to `folder` and return the manifest; `progress` is told the stage that begins.
+
+    Raises ValueError where the folder exists (and not `replace`) or cannot be written, the batch range is empty, or
+    a network cannot be captured.
+    """
+    if not 1 <= batch[0] <= batch[1] <= 4096:
+        raise ValueError(f"[export] batch={batch[0]}:{batch[1]}: need 1 <= smallest <= largest <= 4096")
+    with atomic_folder(folder, replace=replace) as temporary:
+        progress("capture")
+        model = capture_model(bundle.unet, bundle.autoencoder, bundle.latent_shape, bundle.conditions, batch)
+        provenance = {
+            **bundle.provenance,
+            "passes": " ".join(PASSES),
+            "volcast_version": version("volcast"),
+            "torch_version": version("torch"),
+            "monai_version": version("monai"),
+            "onnx_version": version("onnx"),
+        }
+        programs: dict[str, ProgramSpec] = {}
+        for name, program in model.programs.items():
+            progress(name)
+            path = temporary / f"{name}.onnx"
+            to_onnx(
+                program.graph,
+                path,
+                (program.inputs, program.outputs),
+                precision=precision,
+                metadata={key: value for key, value in provenance.items() if key.endswith("version")},
+            )
+            programs[name] = ProgramSpec(
+                file=path.name,
+                inputs=program.inputs,
+                outputs=program.outputs,
+                nodes=program.nodes,
+                nodes_before=program.nodes_before,
+                flops=program.flops,
+                flops_before=program.flops_before,
+            )
+        progress("manifest")
+        spec = ArtifactSpec(
+            format=FORMAT,
+            name=bundle.name,
+            precision=precision,
+            axes=model.axes,
+            programs=programs,  # type: ignore[arg-type]
+            scheduler=bundle.scheduler,
+            scale_factor=bundle.scale_factor,
+            latent_shape=bundle.latent_shape,
+            spacing_mm=bundle.spacing_mm,
+            conditions=bundle.conditions,
+            provenance=provenance,
+            files=digests(temporary),
+        )
+        (temporary / MANIFEST).write_text(spec.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return spec

@@ -1,0 +1,133 @@
+"""From a network to a captured graph: `torch.export`, with free batch and spatial sizes where the network allows."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.fx import GraphModule, Node
+
+from .graph import add_parameter, aten, evaluate, finish, is_parameter, is_size, symbol
+
+IDENTITIES = {
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.detach.default,
+    aten.detach_.default,
+    aten.alias.default,
+    aten.lift_fresh_copy.default,
+}
+"""Operators that give back their first argument when a trained network runs."""
+
+CHECKS = {
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten.sym_constrain_range_for_size.default,
+}
+
+
+class _ByName(nn.Module):
+    """Takes the inputs as one mapping, so that a network with `*args` captures as any other."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, tensors: dict[str, Tensor]) -> object:
+        return self.network(*tensors.values())
+
+
+def capture(
+    network: nn.Module,
+    examples: Mapping[str, Tensor],
+    free: Mapping[str, Mapping[int, str]],
+    multiples: Mapping[str, int],
+) -> GraphModule:
+    """The network as a graph of aten operators whose inputs are named as in `examples`, in that order.
+
+    `free` gives, per input, the name of each axis that may vary; equal names are equal sizes, and an axis in
+    `multiples` is a multiple of that number. An axis that the network itself fixes (a positional table, a reshape
+    to a constant) stays fixed. Raises ValueError where the network cannot be captured at all. Operators that only
+    check or pass their argument on are removed, and what depends on no input is computed now.
+    """
+    dims = {name: multiple * Dim(f"{name}_blocks", min=1) for name, multiple in multiples.items() if multiple > 1}
+    dynamic = {
+        name: {axis: dims.get(free.get(name, {}).get(axis, ""), Dim.AUTO) for axis in free.get(name, {})}
+        for name in examples
+    }
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.export.export(
+                _ByName(network).eval(), (dict(examples),), dynamic_shapes=(dynamic,), strict=False
+            )
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"[capture] {type(network).__name__}: torch.export failed: {reason}") from error
+        captured = program.module(check_guards=False)
+    assert isinstance(captured, GraphModule)
+    captured.graph.set_codegen(torch.fx.graph.CodeGen())
+    return fold_constants(_rename(_simplify(captured), tuple(examples)))
+
+
+def _is_identity(node: Node) -> bool:
+    if node.target in IDENTITIES:
+        return True
+    source = node.args[0] if node.args and isinstance(node.args[0], Node) else None
+    if source is None or not isinstance(source.meta.get("val"), Tensor):
+        return False
+    if node.target is aten.slice.Tensor:
+        _, _, start, end, *step = (*node.args, *[None] * (4 - len(node.args)))
+        whole = start in (0, None) and isinstance(end, int | None) and (end is None or end >= 2**62)
+        return whole and step in ([], [1])
+    if node.target in (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default):
+        return bool(source.meta["val"].dtype == node.meta["val"].dtype)
+    if node.target in (aten.expand.default, aten.reshape.default, aten.view.default):
+        before, after = source.meta["val"].shape, node.meta["val"].shape
+        return [symbol(s) for s in before] == [symbol(s) for s in after]
+    return False
+
+
+def _simplify(graph_module: GraphModule) -> GraphModule:
+    for node in list(graph_module.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in CHECKS:
+            graph_module.graph.erase_node(node)
+        elif _is_identity(node):
+            node.replace_all_uses_with(node.args[0])
+            graph_module.graph.erase_node(node)
+    return finish(graph_module)
+
+
+def _rename(graph_module: GraphModule, names: Sequence[str]) -> GraphModule:
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    assert len(placeholders) == len(names)
+    for node, name in zip(placeholders, names, strict=True):
+        node.target = node.name = name
+    return finish(graph_module)
+
+
+def fold_constants(graph_module: GraphModule) -> GraphModule:
+    """Compute now what depends on no input (rate: once per model)."""
+    constant: set[Node] = set()
+    known: dict[Node, Tensor] = {}
+    for node in graph_module.graph.nodes:
+        sources = node.all_input_nodes
+        if is_parameter(node):
+            constant.add(node)
+        elif node.op == "call_function" and not is_size(node) and all(s in constant for s in sources):
+            constant.add(node)
+    for node in list(graph_module.graph.nodes):
+        if node in constant and not is_parameter(node) and any(user not in constant for user in node.users):
+            value = evaluate(graph_module, node, known)
+            if not isinstance(value, Tensor):
+                continue
+            with graph_module.graph.inserting_before(node):
+                node.replace_all_uses_with(add_parameter(graph_module, f"folded_{node.name}", value))
+    return finish(graph_module)

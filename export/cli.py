@@ -1,0 +1,84 @@
+"""The commands `export` and `verify`; torch and MONAI are imported when one runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from tqdm import tqdm
+
+from volcast.runtime.spec import Precision
+
+BundlePath = Annotated[Path, typer.Argument(help="A MONAI bundle folder, or a config file.")]
+Config = Annotated[Path | None, typer.Option(help="Config file, if not configs/inference.json|yaml.")]
+Weights = Annotated[list[str], typer.Option(help="unet=FILE or autoencoder=FILE, instead of the config's.")]
+Settings = Annotated[list[str], typer.Option("--set", help="KEY=VALUE (JSON) instead of the config's.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def export(
+    bundle: BundlePath,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the artifact.")],
+    config: Config = None,
+    weights: Weights = [],  # noqa: B006
+    settings: Settings = [],  # noqa: B006
+    precision: Annotated[Precision, typer.Option(help="How the weights are stored.")] = Precision.FP32,
+    batch: Annotated[str, typer.Option(help="Smallest:largest batch.")] = "1:64",
+    force: Annotated[bool, typer.Option(help="Replace the artifact in OUTPUT.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Export a trained MONAI bundle to an artifact (ONNX programs and a manifest)."""
+    smallest, largest = _batch(batch)
+    if output.exists() and not force:
+        raise ValueError(f"[export] {output} exists: remove it, choose another name, or pass --force")
+    from .artifact import export_bundle
+
+    read = _read(bundle, config, weights, settings)
+    stages = 8 if read.autoencoder is not None else 6
+    with tqdm(total=stages, desc="export", unit="stage", file=sys.stderr, dynamic_ncols=True) as bar:
+
+        def progress(stage: str) -> None:
+            bar.set_postfix_str(stage)
+            bar.update()
+
+        spec = export_bundle(
+            read, output, precision=precision, batch=(smallest, largest), replace=force, progress=progress
+        )
+    if as_json:
+        print(spec.model_dump_json())
+    else:
+        step = spec.programs["step"]
+        print(f"{output}: {spec.name}, {precision.value} weights, step {step.nodes} nodes (was {step.nodes_before})")
+
+
+def _read(bundle: Path, config: Path | None, weights: list[str], settings: list[str]) -> Any:
+    from .bundle import read_bundle
+
+    files = {key: Path(value) for key, value in (_pair(text, "--weights") for text in weights)}
+    values = {key: _value(value) for key, value in (_pair(text, "--set") for text in settings)}
+    return read_bundle(bundle, config=config, weights=files, settings=values)
+
+
+def _pair(text: str, option: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise ValueError(f"[export] {option} {text!r}: need KEY=VALUE")
+    return key, value
+
+
+def _value(text: str) -> Any:
+    """JSON where it parses, else the text itself."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _batch(text: str) -> tuple[int, int]:
+    smallest, _, largest = text.partition(":")
+    if not smallest.isdecimal() or not (largest or smallest).isdecimal():
+        raise ValueError(f"[export] --batch {text!r}: need SMALLEST:LARGEST, such as 1:8")
+    return int(smallest), int(largest or smallest)
