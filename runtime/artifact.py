@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pydantic import ValidationError
 
 from .atomic import sha256
+from .external_data import external_data
 from .spec import FORMAT, ArtifactSpec
 
 MANIFEST = "manifest.json"
@@ -47,11 +48,9 @@ def parse_manifest(text: bytes) -> ArtifactSpec:
 def read_artifact(folder: str | os.PathLike[str]) -> ArtifactSpec:
     """The manifest of the artifact in `folder`, after checking every file that it lists against its sha256.
 
-    Files that the manifest does not list are never opened, so external data that an ONNX file may name is refused
-    unless it is listed too (`check_external_data`).
-
     Raises:
-        ValueError: no artifact there, a bad manifest, a missing or altered file, a link that leaves the folder.
+        ValueError: no artifact there, a bad manifest, a missing or altered file, a link that leaves the folder, an
+            ONNX file that names external data which the manifest does not list.
     """
     folder = Path(folder)
     manifest = folder / MANIFEST
@@ -78,6 +77,8 @@ def read_artifact(folder: str | os.PathLike[str]) -> ArtifactSpec:
                 raise ValueError(
                     f"[artifact] {name} was altered or cut short: sha256 {found[:12]}, manifest {digest[:12]}; {_REMEDY}"
                 )
+            if path.suffix == ".onnx":
+                _check_external_data(spec, name, path)
     except OSError as error:
         raise ValueError(f"[artifact] cannot read {error.filename or folder}: {error.strerror}") from error
     return spec
@@ -95,6 +96,14 @@ def _inside(root: Path, path: Path) -> None:
         raise ValueError(
             f"[artifact] {path.name} is a link that leaves the artifact's folder; copy the real file in"
         )
+
+
+def _check_external_data(spec: ArtifactSpec, name: str, path: Path) -> None:
+    for location in external_data(path):
+        if (PurePosixPath(name).parent / location).as_posix() not in spec.files:
+            raise ValueError(
+                f"[artifact] {name} names external data {_short(repr(location))}, which the manifest lacks; {_REMEDY}"
+            )
 
 
 def _check_depth(text: bytes) -> None:

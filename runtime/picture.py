@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import nibabel
 import numpy as np
-from nibabel.orientations import apply_orientation, io_orientation
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
@@ -22,20 +22,24 @@ _GAP = 4
 _CAPTION = 14
 
 
-def planes(volume: Volume) -> list[NDArray[np.float32]]:
-    """The middle axial, coronal and sagittal slices of channel 0, rows from the top; one slice if it is 2D."""
-    array = volume.channels[0]
+def planes(volume: Volume) -> list[tuple[NDArray[np.float32], tuple[float, float]]]:
+    """The middle axial, coronal and sagittal slices of channel 0, the axial one alone if the volume is 2D.
+
+    Each with rows from the top, and the millimetres of a pixel across and down.
+    """
     # RAS+ after this: axis 0 to the patient's right, 1 to the front, 2 to the head.
-    array = apply_orientation(array, io_orientation(volume.affine))
+    image = nibabel.as_closest_canonical(nibabel.Nifti1Image(volume.channels[0], volume.affine))
+    array = np.asarray(image.dataobj)
+    x, y, z = (float(size) for size in image.header.get_zooms())
     i, j, k = (size // 2 for size in array.shape)
-    axial = array[::-1, ::-1, k].T
+    axial = array[::-1, ::-1, k].T, (x, y)
     if len(volume.spacing_mm) == 2:
         return [axial]
-    return [axial, array[::-1, j, ::-1].T, array[i, ::-1, ::-1].T]
+    return [axial, (array[::-1, j, ::-1].T, (x, z)), (array[i, ::-1, ::-1].T, (y, z))]
 
 
 def picture(volume: Volume, scale: float = 3.0) -> Image.Image:
-    """The planes side by side, 8 bits grey; `scale` is in pixels per smallest voxel edge.
+    """The planes side by side, 8 bits grey; `scale` is in pixels per smallest voxel edge, at most 64.
 
     The grey range is the volume's 0.5th to 99.5th percentile, the same for all planes.
     """
@@ -43,15 +47,13 @@ def picture(volume: Volume, scale: float = 3.0) -> Image.Image:
         raise ValueError(f"[picture] scale={scale}: need more than 0, at most 64")
     low, high = np.percentile(volume.channels[0], [0.5, 99.5])
     width = max(float(high - low), 1e-12)
-    x, y, z = nibabel.affines.voxel_sizes(_ras(volume))
-    pixels = scale / min((x, y, z) if len(volume.spacing_mm) == 3 else (x, y))
+    slices = planes(volume)
+    pixels = scale / min(edge for _, edges in slices for edge in edges)
     tiles = []
-    for plane, (across, down) in zip(planes(volume), [(x, y), (x, z), (y, z)], strict=False):
+    for plane, (across, down) in slices:
         grey = (np.clip((plane - low) / width, 0, 1) * 255).round().astype(np.uint8)
-        size = (
-            max(1, round(plane.shape[1] * across * pixels)),
-            max(1, round(plane.shape[0] * down * pixels)),
-        )
+        rows, columns = plane.shape
+        size = (max(1, round(columns * across * pixels)), max(1, round(rows * down * pixels)))
         tiles.append(Image.fromarray(np.ascontiguousarray(grey)).resize(size, Image.Resampling.BILINEAR))
     canvas = Image.new("L", (sum(t.width + _GAP for t in tiles) - _GAP, max(t.height for t in tiles)))
     left = 0
@@ -82,13 +84,12 @@ def mosaic(volumes: Sequence[Volume], captions: Sequence[str] = (), scale: float
 
 def save_picture(image: Image.Image, path: str | os.PathLike[str]) -> None:
     """Write a PNG, whole or not at all (ValueError: another suffix, an unwritable folder, a full disk)."""
-    if not os.fspath(path).endswith(".png"):
-        raise ValueError(f"[picture] output {os.fspath(path)!r}: need a name that ends in .png")
-    with atomic_file(path) as temporary:
+    with atomic_file(check_png_path(path)) as temporary:
         image.save(temporary, format="PNG", optimize=True)
 
 
-def _ras(volume: Volume) -> NDArray[np.float64]:
-    orientation = io_orientation(volume.affine)
-    shape = volume.channels.shape[1:]
-    return np.asarray(volume.affine @ nibabel.orientations.inv_ornt_aff(orientation, shape))
+def check_png_path(path: str | os.PathLike[str]) -> Path:
+    """`path`, if it ends in `.png` (ValueError otherwise)."""
+    if not os.fspath(path).endswith(".png"):
+        raise ValueError(f"[picture] output {os.fspath(path)!r}: need a name that ends in .png")
+    return Path(path)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from . import autoencoder
 from .artifact import read_artifact
+from .default_artifact import default_artifact
 from .engine import Engine
 from .engine_auto import open_engine
 from .job import Job, make_job
@@ -24,18 +25,21 @@ from .volume import Volume, centred_affine
 Condition = Mapping[str, Any]
 
 
-def load(path: str | os.PathLike[str], engine: str = "auto", threads: int | None = None) -> Model:
+def load(
+    path: str | os.PathLike[str] | None = None, engine: str = "auto", threads: int | None = None
+) -> Model:
     """Open the artifact in the folder `path`. Imports neither torch nor monai, and runs no code from the artifact.
 
     Args:
-        path: a folder that `volcast export` wrote.
+        path: a folder that `volcast export` wrote; None: the bundled hippocampus model (`default_artifact`).
         engine: "onnxruntime", "openvino", or "auto": the fastest one installed (`Model.engine` tells which).
         threads: 1..1024; None: one a physical core.
 
     Raises:
         ValueError: a bad or altered artifact, an unknown or missing engine; one line with the remedy.
     """
-    return Model(Path(path), read_artifact(path), open_engine(engine, threads))
+    folder = default_artifact() if path is None else Path(path)
+    return Model(folder, read_artifact(folder), open_engine(engine, threads))
 
 
 @final

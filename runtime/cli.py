@@ -1,0 +1,186 @@
+"""`volcast sample` and `volcast info`. Heavy imports stand inside the functions: `--help` must be quick."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from .request import Settings
+    from .volume import Volume
+
+Artifact = Annotated[
+    Path | None,
+    typer.Argument(help="Folder written by `volcast export`; left out: the bundled hippocampus model."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+
+
+def sample(
+    artifact: Artifact = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="NIfTI file to write.")] = Path(
+        "sample.nii.gz"
+    ),
+    count: Annotated[
+        int, typer.Option("--count", "-n", help="Volumes; above 1: OUTPUT_0, OUTPUT_1, ...")
+    ] = 1,
+    seed: Annotated[int, typer.Option(help="Sample i takes its noise from (seed, i).")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; left out: the model's own.")] = None,
+    scheduler: Annotated[
+        Literal["ddim", "ddpm", "pndm", "dpm-solver++", "rflow"] | None,
+        typer.Option(help="Left out: the model's own."),
+    ] = None,
+    spacing: Annotated[
+        Literal["leading", "linspace", "trailing"] | None, typer.Option(help="Spacing of the timesteps.")
+    ] = None,
+    eta: Annotated[float, typer.Option(help="DDIM's noise, 0..1.")] = 0.0,
+    guidance: Annotated[float | None, typer.Option(help="Weight of classifier-free guidance.")] = None,
+    condition: Annotated[
+        list[str] | None,
+        typer.Option("--condition", "-c", help="name=0.5, name=0.5,0.2 or name=@file.npy; repeatable."),
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="Latent sizes, as 8,12,8.")] = None,
+    image: Annotated[Path | None, typer.Option(help="NIfTI file to start from (image to image).")] = None,
+    strength: Annotated[float, typer.Option(help="With --image: how far it is noised, up to 1.")] = 1.0,
+    batch: Annotated[int, typer.Option(help="Samples a network call.")] = 1,
+    engine: Annotated[
+        Literal["auto", "openvino", "onnxruntime"], typer.Option(help="What runs the networks.")
+    ] = "auto",
+    threads: Annotated[int | None, typer.Option(help="Left out: one a physical core.")] = None,
+    compat: Annotated[Literal["monai-1.6"] | None, typer.Option(help="MONAI 1.6.1's own numbers.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Also write a picture of the three middle planes.")] = None,
+    as_json: AsJson = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")] = False,
+) -> None:
+    """Sample volumes and write them as NIfTI."""
+    from .condition_text import parse_conditions
+    from .picture import mosaic, save_picture
+    from .pipeline import load
+
+    outputs = _outputs(output, count, png)
+    latent = _sizes(size)
+    start = None if image is None else _read_image(image)
+    model = load(artifact, engine, threads)
+    if not quiet:
+        typer.echo(
+            f"volcast: {model.spec.name} on {model.engine.name}, {model.engine.threads} threads", err=True
+        )
+    settings: Settings = {
+        "steps": steps,
+        "scheduler": scheduler,
+        "spacing": spacing,
+        "eta": eta,
+        "guidance": guidance,
+    }
+    settings |= {"strength": strength, "compat": compat}
+    conditions = parse_conditions(model.spec, condition or ())
+    lines: list[dict[str, Any] | str] = []
+    shown: list[Volume] = []
+    with _progress(shown=not quiet and (sys.stderr.isatty() or not as_json)) as on_step:
+        volumes = model.sample_many(
+            count,
+            seed,
+            batch=batch,
+            condition=conditions,
+            size=latent,
+            image=start,
+            on_step=on_step,
+            **settings,
+        )
+        for number, (path, volume) in enumerate(zip(outputs, volumes, strict=True)):
+            volume.save(path, f"volcast {model.spec.name} seed {seed}")
+            lines.append(_described(path, volume, seed, number) if as_json else _summary(path, volume))
+            shown += [volume] if png else []
+    if png is not None:
+        captions = [f"{model.spec.name} seed {seed} sample {i}" for i in range(count)]
+        save_picture(mosaic(shown, captions if count > 1 else ()), png)
+    if as_json:
+        typer.echo(json.dumps(lines))
+    elif not quiet:
+        typer.echo("\n".join(str(line) for line in lines))
+
+
+def info(artifact: Artifact = None, as_json: AsJson = False) -> None:
+    """Show an artifact: programs, nodes and FLOPs before and after, axes, conditions, provenance."""
+    from . import describe
+    from .artifact import read_artifact
+    from .default_artifact import default_artifact
+
+    folder = artifact or default_artifact()
+    spec = read_artifact(folder)
+    typer.echo(json.dumps(describe.as_dict(spec, folder)) if as_json else describe.as_text(spec, folder))
+
+
+def _outputs(output: Path, count: int, png: Path | None) -> list[Path]:
+    from .picture import check_png_path
+    from .volume import check_nifti_path
+
+    check_nifti_path(output)
+    for path in (output, *([] if png is None else [check_png_path(png)])):
+        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+            raise ValueError(
+                f"[sample] {path.parent} is not a folder that can be written to; choose another output"
+            )
+    if count == 1:
+        return [output]
+    suffix = ".nii.gz" if output.name.endswith(".nii.gz") else ".nii"
+    return [output.with_name(f"{output.name.removesuffix(suffix)}_{i}{suffix}") for i in range(count)]
+
+
+def _sizes(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(
+            f"[sample] size={text}: need whole numbers with commas between, as 8,12,8"
+        ) from error
+
+
+def _read_image(path: Path) -> Any:
+    import nibabel
+    import numpy as np
+
+    try:
+        return np.asarray(nibabel.load(path).dataobj, dtype=np.float32)
+    except (OSError, ValueError, EOFError, nibabel.filebasedimages.ImageFileError) as error:
+        raise ValueError(f"[sample] image {path}: cannot read it as NIfTI ({error})") from error
+
+
+@contextmanager
+def _progress(shown: bool) -> Iterator[Callable[[int, int], None]]:
+    from tqdm import tqdm
+
+    with tqdm(desc="steps", unit="step", disable=not shown, file=sys.stderr, leave=False) as bar:
+
+        def on_step(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield on_step
+
+
+def _described(path: Path, volume: Volume, seed: int, sample: int) -> dict[str, Any]:
+    assert volume.report is not None
+    shape, report = list(volume.array.shape), volume.report.as_dict()
+    return {"path": str(path), "seed": seed, "sample": sample, "shape": shape, "report": report}
+
+
+def _summary(path: Path, volume: Volume) -> str:
+    report = volume.report
+    assert report is not None
+    shape = " x ".join(str(size) for size in volume.array.shape)
+    peak = "process peak" if report.peak_of_process else "peak"
+    return (
+        f"{path}: {shape}, {report.total_seconds:.2f} s for {report.batch} ({report.steps} {report.scheduler} steps "
+        f"{report.loop_seconds:.2f} s, decode {report.decode_seconds:.2f} s, loop overhead {report.overhead:.2%}), "
+        f"{peak} {report.peak_bytes / 2**20:.0f} MiB"
+    )

@@ -1,0 +1,74 @@
+"""What `volcast info` says about an artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .spec import ArtifactSpec, ConditionField, ProgramSpec, Ratio, TensorSpec
+
+
+def as_dict(spec: ArtifactSpec, folder: Path) -> dict[str, Any]:
+    """The manifest as JSON values, with `bytes` for the size of every file."""
+    return {**spec.model_dump(mode="json"), "bytes": _bytes(spec, folder)}
+
+
+def as_text(spec: ArtifactSpec, folder: Path) -> str:
+    """The same for a reader, one fact a line."""
+    schedule = spec.scheduler.noise_schedule
+    sizes = _bytes(spec, folder)
+    how = f"{spec.scheduler.steps} of {schedule.num_train_timesteps} steps, {schedule.schedule}"
+    lines = [
+        f"{spec.name}: weights {spec.precision}, {sum(sizes.values()) / 1e6:.1f} MB, format {spec.format}",
+        f"latent {_shape(spec.latent_shape)}, voxels of {_shape(spec.spacing_mm)} mm, scale factor {spec.scale_factor:g}",
+        f"scheduler {spec.scheduler.scheduler}, {how}, {spec.scheduler.prediction_type}",
+        "",
+        f"{'program':<9} {'nodes':>12} {'GFLOP':>17} {'MB':>7}  inputs -> outputs",
+    ]
+    lines += [_program(name, program, sizes[program.file]) for name, program in spec.programs.items()]
+    lines += ["", "axes"]
+    for axis in spec.axes:
+        multiple = f", multiples of {axis.multiple}" if axis.multiple > 1 else ""
+        lines.append(f"  {axis.name}: {axis.minimum}..{axis.maximum}{multiple}")
+    lines += ["", "conditions" if spec.conditions else "no conditions"]
+    for condition in spec.conditions:
+        guidance = (
+            ""
+            if condition.unconditional is None
+            else f", guidance (unconditional {condition.unconditional:g})"
+        )
+        lines.append(f"  {condition.name}: {condition.dtype} {_shape(condition.shape)}{guidance}")
+        lines += [_described(condition.description)] if condition.description else []
+        lines += [_field(field) for field in condition.fields]
+    lines += ["", "provenance"] if spec.provenance else []
+    lines += [f"  {key}: {value}" for key, value in spec.provenance.items()]
+    return "\n".join(lines)
+
+
+def _program(name: str, program: ProgramSpec, size: int) -> str:
+    nodes = f"{program.nodes_before} > {program.nodes}"
+    flops = f"{program.flops_before / 1e9:.4g} > {program.flops / 1e9:.4g}"
+    tensors = " -> ".join(", ".join(_tensor(t) for t in side) for side in (program.inputs, program.outputs))
+    return f"{name:<9} {nodes:>12} {flops:>17} {size / 1e6:>7.1f}  {tensors}"
+
+
+def _tensor(tensor: TensorSpec) -> str:
+    return f"{tensor.name}[{', '.join(str(size) for size in tensor.shape)}]"
+
+
+def _field(field: ConditionField) -> str:
+    default = "by the other fields" if isinstance(field.default, Ratio) else f"{field.default:g}"
+    text = f" {field.description}" if field.description else ""
+    return f"    {field.name}: {field.minimum:g}..{field.maximum:g}, default {default}{text}"
+
+
+def _described(text: str) -> str:
+    return f"    {text}"
+
+
+def _shape(sizes: tuple[object, ...]) -> str:
+    return " x ".join(str(size) for size in sizes)
+
+
+def _bytes(spec: ArtifactSpec, folder: Path) -> dict[str, int]:
+    return {name: (folder / name).stat().st_size for name in spec.files}
