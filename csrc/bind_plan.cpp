@@ -62,7 +62,7 @@ void bind_plan(py::module_& m) {
                          bool set_alpha_to_one, bool monai) {
                  return Steps{steps, spacing, steps_offset, start, set_alpha_to_one, monai};
              }),
-             py::arg("steps"), py::kw_only(), py::arg("spacing") = Spacing::trailing, py::arg("steps_offset") = 0,
+             py::arg("steps"), py::kw_only(), py::arg("spacing") = Spacing::linspace, py::arg("steps_offset") = 0,
              py::arg("start") = 0, py::arg("set_alpha_to_one") = true, py::arg("monai") = false);
 
     const Clip unclipped;

@@ -54,7 +54,7 @@ using Clip = std::optional<std::pair<double, double>>;  // range of the predicte
 // With `monai`, the timesteps and transitions are MONAI 1.6.1's, faults included, and `spacing` is not read.
 struct Steps {
     std::int64_t steps = 50;
-    Spacing spacing = Spacing::trailing;
+    Spacing spacing = Spacing::linspace;
     std::int64_t steps_offset = 0;
     std::int64_t start = 0;
     bool set_alpha_to_one = true;
