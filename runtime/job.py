@@ -27,7 +27,7 @@ class Job:
     scheduler: the sampler's name.
     plan: its rows of coefficients.
     shape: the latent's `(C, *spatial)`.
-    conditional: the conditions of each sample, by name, without a batch axis.
+    conditional: the conditions by name, without a batch axis, of each sample, or one for all.
     unconditional: the same for guidance's other branch; None without guidance.
     """
 
@@ -57,14 +57,19 @@ def make_job(
     if not isinstance(batch, int) or batch < 1:
         raise ValueError(f"[sample] batch={batch}: need 1 or more")
     spatial, sizes = latent_sizes(spec, size)
-    given = list(condition) if isinstance(condition, Sequence) else [condition] * count
-    if len(given) != count:
-        raise ValueError(
-            f"[sample] {len(given)} conditions for {count} samples: give one for all, or one for each"
-        )
-    resolved = [conditions.resolve(spec, each, sizes) for each in given]
+    if isinstance(condition, Sequence):
+        if len(condition) != count:
+            raise ValueError(
+                f"[sample] {len(condition)} conditions for {count} samples: give one for all, or one for each"
+            )
+        resolved = [conditions.resolve(spec, each, sizes) for each in condition]
+    else:
+        resolved = [conditions.resolve(spec, condition, sizes)]
     if any(other.sizes != resolved[0].sizes for other in resolved):
         raise ValueError("[sample] the samples' conditions differ in shape; sample them one by one")
+    unconditional = None
+    if request.guidance is not None:
+        unconditional = [conditions.unconditional(spec, each) for each in resolved]
     for axis in spec.axes:
         if axis.name == "batch":
             for part in {min(batch, count), count % batch or min(batch, count)}:
@@ -76,12 +81,11 @@ def make_job(
         plan=make_plan(spec.scheduler, request.sampler, spatial),
         shape=shape,
         conditional=[each.values for each in resolved],
-        unconditional=None
-        if request.guidance is None
-        else [conditions.unconditional(spec, each) for each in resolved],
+        unconditional=unconditional,
     )
 
 
-def stack(values: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
-    """The conditions of a batch: each `[N, ...]`."""
-    return {name: np.stack([each[name] for each in values]) for name in values[0]}
+def stack(values: Sequence[Mapping[str, Array]], part: range) -> dict[str, Array]:
+    """The conditions of the samples `part`, each `[N, ...]`; `values` holds one for each sample, or one for all."""
+    chosen = [values[i] for i in part] if len(values) > 1 else [values[0]] * len(part)
+    return {name: np.stack([each[name] for each in chosen]) for name in chosen[0]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,9 +39,9 @@ def sample_batch(
     watch = Stopwatch(programs)
     rows = programs.call("schedule", {"timesteps": job.plan.timesteps.astype(np.float32)})["rows"]
     schedule_seconds = watch.lap()
-    branches = {_core.Branch.CONDITIONAL: _prepare(spec, programs, [job.conditional[i] for i in part])}
+    branches = {_core.Branch.CONDITIONAL: _prepare(spec, programs, stack(job.conditional, part))}
     if job.unconditional is not None:
-        branches[_core.Branch.UNCONDITIONAL] = _prepare(spec, programs, [job.unconditional[i] for i in part])
+        branches[_core.Branch.UNCONDITIONAL] = _prepare(spec, programs, stack(job.unconditional, part))
     prepare_seconds = watch.lap()
 
     seeds = np.full(len(part), job.request.seed, np.uint64)
@@ -75,9 +75,6 @@ def sample_batch(
     )
 
 
-def _prepare(
-    spec: ArtifactSpec, programs: Programs, values: Sequence[Mapping[str, Array]]
-) -> dict[str, Array]:
-    stacked = stack(values)
-    constants = programs.call("prepare", stacked) if "prepare" in spec.programs else {}
-    return step_inputs(spec, stacked, constants)
+def _prepare(spec: ArtifactSpec, programs: Programs, values: Mapping[str, Array]) -> dict[str, Array]:
+    constants = programs.call("prepare", values) if "prepare" in spec.programs else {}
+    return step_inputs(spec, values, constants)
