@@ -94,7 +94,9 @@ def _load(plan: BundlePlan, role: str, network: NetworkPlan, files: LargeFiles) 
     state = state_dict(checkpoint, keys, path, role)
     generative = is_generative(state)
     # GM projects after attention in its transformer blocks only (weights_keys.py).
-    changed = {"include_fc": bool(network.arguments.get("with_conditioning"))} if generative else {}
+    changed: dict[str, Any] = (
+        {"include_fc": bool(network.arguments.get("with_conditioning"))} if generative else {}
+    )
     return _Loaded(
         network=load_weights(network.build(**changed), state, path, role),
         path=path,

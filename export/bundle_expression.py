@@ -263,9 +263,11 @@ class _Folder:
         index = self.fold(node.slice)
         if isinstance(value, WeightFile) and isinstance(index, str):
             return replace(value, keys=(*value.keys, index))
-        if not isinstance(value, str | list | tuple | dict) or not isinstance(index, str | int | float):
-            self._refuse(node)
-        return value[index]
+        if isinstance(value, dict) and isinstance(index, str | int | float):
+            return value[index]
+        if isinstance(value, str | list | tuple) and isinstance(index, int):
+            return value[index]
+        self._refuse(node)
 
     def _fold_attribute(self, node: ast.Attribute) -> Value:
         if self._foreign(node):
@@ -348,8 +350,10 @@ class _Folder:
             return first
         if len(values) != 1 or node.keywords:
             self._refuse(node)
-        if name in {"len", "list", "tuple"} and isinstance(first, str | list | tuple):
-            return {"len": len, "list": list, "tuple": tuple}[name](first)
+        if name == "len" and isinstance(first, str | list | tuple):
+            return len(first)
+        if name in {"list", "tuple"} and isinstance(first, str | list | tuple):
+            return list(first) if name == "list" else tuple(first)
         if name in _CASTS and (first is None or isinstance(first, str | int | float)):
             return _CASTS[name](first)
         self._refuse(node)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
 from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
-from monai.networks.nets import AutoencoderKL, DiffusionModelUNet
+from monai.networks.nets.autoencoderkl import AutoencoderKL
+from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
 
 from volcast.export.bundle_config import one_line, shown
 from volcast.export.bundle_expression import is_number

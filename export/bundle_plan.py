@@ -64,9 +64,12 @@ class BundlePlan:
 
     def weight_file(self, role: str, network: NetworkPlan) -> tuple[Path, tuple[str, ...]]:
         """The file that holds a network's weights and the keys inside it. ValueError if the config does not say."""
-        given = self.config.get(f"{role}_weights_key") if f"{role}_weights_key" in self.config else None
+        name = f"{role}_weights_key"
+        given = self.config.need(name) if name in self.config else None
+        if given is not None and not isinstance(given, str):
+            raise ValueError(f"[bundle] {name}={shown(given)}: need the name of an entry; --set {name}=NAME")
         source = self.loads.get(network.id)
-        keys = (str(given),) if given is not None else source.keys if source is not None else ()
+        keys = (given,) if given is not None else source.keys if source is not None else ()
         if role in self.weights:
             # A file of one's own need not be wrapped as the bundle's is.
             return self.weights[role], keys if given is not None else ()
@@ -99,7 +102,7 @@ def plan_bundle(
     root, file = _find_config(folder, config)
     data, config_sha256 = read_data(file)
     chosen = dict(settings or {})
-    choices = {
+    choices: dict[str, Any] = {
         role: chosen.pop(role)
         for role in ("unet", "autoencoder", "scheduler")
         if role in chosen and (chosen[role] is None or isinstance(chosen[role], str))

@@ -38,7 +38,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
                 warnings.simplefilter("ignore")  # old storages warn on load; what they hold is checked below
                 data = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = "holds objects besides tensors" if "unsupported" in str(error).lower() else "is not a weight file"
+        reason = (
+            "holds objects besides tensors" if "unsupported" in str(error).lower() else "is not a weight file"
+        )
         raise ValueError(
             f"[weights] {path}: {reason}; {_REMEDY}, or save its state dict as safetensors where it was made"
         ) from None

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from monai.networks.nets import AutoencoderKL, DiffusionModelUNet
 
 from volcast.export.bundle import read_bundle
@@ -166,8 +168,8 @@ def test_refusals_name_value_and_remedy(tmp_path, message):
 
 def test_settings_supply_what_cannot_be_read(tmp_path):
     folder = small(tmp_path, scale_factor="$compute()", latent_shape=None)
-    settings = {"scale_factor": 0.5, "latent_shape": [1, 8, 4], "noise_scheduler#clip_sample": False}
-    bundle = read_bundle(folder, settings=settings, weights={"unet": folder / "models" / "unet.safetensors"})
+    chosen = {"scale_factor": 0.5, "latent_shape": [1, 8, 4], "noise_scheduler#clip_sample": False}
+    bundle = read_bundle(folder, settings=chosen, weights={"unet": folder / "models" / "unet.safetensors"})
     assert (bundle.scale_factor, bundle.latent_shape, bundle.scheduler.clip_sample) == (0.5, (1, 8, 4), False)
     assert bundle.autoencoder is None and bundle.provenance["spacing_mm"] == "assumed 1 mm"
 
@@ -190,3 +192,43 @@ def test_large_files_hashes_are_checked(tmp_path):
     )
     with pytest.raises(ValueError, match=r"its md5 is not 00 \(large_files.yml\)"):
         read_bundle(folder)
+
+
+def spread(*values):
+    return st.sampled_from(
+        [*values, "$compute()", "@latent_shape", "%x", None, True, -1, 0, 2**70, float("nan"), "", [], {}]
+    )
+
+
+EDITS = {
+    "latent_shape": spread([1, 4, 6], [1, 4, 4, 4], ["@channels", 4, 4], "$[1] + [4, 2 * 3]", [1, 4.0, 4]),
+    "scale_factor": spread(
+        0.5, "$1 / 2", "$torch.load('models/unet.safetensors')['s']", "$load_file('models/x.pt')['s']"
+    ),
+    "spacing_mm": spread([1, 2], [1.5, "@scale_factor"], [1, 2, 3]),
+    "noise": spread("$torch.randn(1, 1, 4, 4)", "$torch.randn([1] + @latent_shape)", "$torch.randn(2)"),
+    "num_inference_steps": spread(5, "$10 // 2", 2000),
+    "context_tokens": spread(2),
+    "unet_weights_key": spread("state_dict"),
+    "noise_scheduler": spread({"_target_": "PNDMScheduler"}, {"_target_": "RFlowScheduler"}),
+}
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(edits=st.fixed_dictionaries({}, optional=EDITS))
+def test_fuzzed_values(tmp_path, edits):
+    base = tmp_path / "base.json"
+    if not base.exists():
+        base.write_bytes((small(tmp_path) / "configs" / "inference.json").read_bytes())
+    (tmp_path / "configs" / "inference.json").write_text(
+        json.dumps({**json.loads(base.read_text()), **edits})
+    )
+    try:
+        bundle = read_bundle(tmp_path)
+    except ValueError as error:
+        assert str(error).startswith(("[bundle] ", "[weights] ")) and "\n" not in str(error)
+    else:
+        assert bundle.latent_shape[0] == 1 and len(bundle.latent_shape) == 3
+        assert all(type(size) is int and size > 0 and size % 2 == 0 for size in bundle.latent_shape[1:])
+        assert bundle.scale_factor > 0 and len(bundle.spacing_mm) == 2
+        assert 1 <= bundle.scheduler.steps <= 1000
