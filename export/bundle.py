@@ -105,7 +105,7 @@ def _load(plan: BundlePlan, role: str, network: NetworkPlan, files: LargeFiles) 
             f"{role}_class": network.kind.network.__name__,
             f"{role}_file": path.name,
             f"{role}_sha256": digest(path),
-            f"{role}_keys": "GenerativeModels" if generative else "MONAI",
+            **({f"{role}_keys": "GenerativeModels, proj_attn dropped"} if generative else {}),
         },
     )
 
@@ -132,11 +132,12 @@ def _latent_shape(plan: BundlePlan) -> tuple[int, ...]:
         raise ValueError(
             f"[bundle] latent_shape={list(shape)}: the UNet makes {arguments['out_channels']} channels; {remedy}"
         )
-    if plan.autoencoder is not None and plan.autoencoder.arguments["latent_channels"] != shape[0]:
-        raise ValueError(
-            f"[bundle] latent_shape={list(shape)}: the autoencoder has latent_channels="
-            f"{plan.autoencoder.arguments['latent_channels']}; choose another with --set autoencoder=KEY"
-        )
+    for key, wanted in (("latent_channels", shape[0]), ("spatial_dims", dims)):
+        if plan.autoencoder is not None and plan.autoencoder.arguments[key] != wanted:
+            raise ValueError(
+                f"[bundle] latent_shape={list(shape)}: the autoencoder has {key}={plan.autoencoder.arguments[key]}; "
+                "choose another with --set autoencoder=KEY"
+            )
     return tuple(shape)
 
 

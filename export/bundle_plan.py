@@ -111,8 +111,10 @@ def plan_bundle(
     unknown = sorted((weights or {}).keys() - {"unet", "autoencoder"})
     if unknown:
         raise ValueError(f"[bundle] --weights {unknown[0]}=...: need unet=FILE or autoencoder=FILE")
-    unet = _network(read, "unet", choices)
+    unet, autoencoder = _network(read, "unet", choices), _network(read, "autoencoder", choices)
     assert unet is not None  # _network raises for a missing UNet
+    if autoencoder is None and "autoencoder" in (weights or {}):
+        raise ValueError("[bundle] --weights autoencoder=...: the config has no autoencoder; leave it out")
     loads, timesteps, noises, unread = _scan(read)
     metadata_file = file.parent / "metadata.json"
     metadata = read_data(metadata_file)[0] if metadata_file.is_file() else {}
@@ -129,9 +131,11 @@ def plan_bundle(
         config_file=file,
         config=read,
         unet=unet,
-        autoencoder=_network(read, "autoencoder", choices),
-        scheduler=_scheduler(read, choices, timesteps, unet.arguments["spatial_dims"]),
-        weights=dict(weights or {}),
+        autoencoder=autoencoder,
+        scheduler=_scheduler(
+            read, choices, timesteps, "num_inference_steps" in chosen, unet.arguments["spatial_dims"]
+        ),
+        weights={role: Path(path) for role, path in (weights or {}).items()},
         provenance=provenance,
         loads=loads,
         noises=noises,
@@ -196,7 +200,11 @@ def _network(read: Config, role: Role, choices: Mapping[str, Any]) -> NetworkPla
 
 
 def _scheduler(
-    read: Config, choices: Mapping[str, Any], timesteps: Mapping[str, int], spatial_dims: int
+    read: Config,
+    choices: Mapping[str, Any],
+    timesteps: Mapping[str, int],
+    given_steps: bool,
+    spatial_dims: int,
 ) -> SchedulerSpec:
     targets = read.targets()
     id = _choose(read, "scheduler", [id for id, target in targets.items() if scheduler_name(target)], choices)
@@ -204,7 +212,8 @@ def _scheduler(
         raise ValueError(f"[bundle] the config has no scheduler; known: {known_schedulers()}")
     component = read.get(id).id
     steps = timesteps.get(component)
-    if "num_inference_steps" in read:
+    # A setting is the last word; the config's own key may be meant for another scheduler than set_timesteps says.
+    if "num_inference_steps" in read and (steps is None or given_steps):
         steps = read.need("num_inference_steps")
         if type(steps) is not int or steps < 1:
             raise ValueError(f"[bundle] num_inference_steps={shown(steps)}: need a whole number from 1")

@@ -94,7 +94,8 @@ def test_published_bundles_are_read_and_run(zoo_bundle, name):
         eps = bundle.unet(x, timesteps=torch.tensor([7.0, 400.0]), **inputs)
         assert eps.shape == (2, *bundle.latent_shape) and eps.isfinite().all() and eps.std() > 0.01
         if bundle.autoencoder is not None:
-            volume = bundle.autoencoder.decode(x[:1, : bundle.latent_shape[0]])
+            corner = x[:1, : bundle.latent_shape[0], :4, :4]
+            volume = bundle.autoencoder.decode(corner[..., :4] if len(bundle.latent_shape) == 4 else corner)
             assert volume.shape[1] == 1 and volume.isfinite().all() and volume.std() > 1e-3
 
 
@@ -156,6 +157,13 @@ REFUSED = {
     },
     "no such file": {"load": "$@network_def.load_state_dict(load_file('models/other.safetensors'))"},
     "context_tokens=0": {"context_tokens": 0},
+    "unet_weights_key=3: need the name": {"unet_weights_key": 3},
+    "the autoencoder has latent_channels=3; .*--set autoencoder=KEY": {
+        "vae": {"_target_": "AutoencoderKL", "spatial_dims": 2, "latent_channels": 3}
+    },
+    "the autoencoder has spatial_dims=3; ": {
+        "vae": {"_target_": "AutoencoderKL", "spatial_dims": 3, "latent_channels": 1}
+    },
 }
 
 

@@ -62,6 +62,14 @@ def test_maisis_second_set_can_be_chosen(tmp_path):
     assert plan_bundle(tmp_path, settings={"autoencoder": None}).autoencoder is None
 
 
+def test_steps_a_setting_then_set_timesteps_then_the_key(tmp_path):
+    folder = write(tmp_path, change(num_inference_steps=30))
+    assert plan_bundle(folder).scheduler.steps == 50
+    assert plan_bundle(folder, settings={"num_inference_steps": 7}).scheduler.steps == 7
+    folder = write(tmp_path, change(num_inference_steps=30, set_timesteps=None))
+    assert plan_bundle(folder).scheduler.steps == 30
+
+
 def test_own_weights_replace_the_bundles(tmp_path):
     own = {"unet": tmp_path / "own.safetensors"}
     plan = plan_bundle(write(tmp_path, config("maisi_rflow")), weights=own)
@@ -106,6 +114,11 @@ SCHEDULER = {"_target_": "DDIMScheduler"}
             "--set latnet_shape: no such key; known: .*latent_shape",
         ),
         (change(), {"weights": {"vae": Path("f")}}, "--weights vae=...: need unet=FILE or autoencoder=FILE"),
+        (
+            change(autoencoder_def=None),
+            {"weights": {"autoencoder": Path("f")}},
+            "--weights autoencoder=...: the config has no autoencoder",
+        ),
         (change(spatial_dims="$dims()"), {}, r"spatial_dims='@spatial_dims': needs 'dims\(\)'.*--set"),
         (change(network_def=None, net="%other.json::net"), {}, "no diffusion network"),
     ],
@@ -179,6 +192,7 @@ SMALL = change(
     network_def={
         **config("brats_3d")["network_def"],
         "channels": [32, 32],
+        "num_res_blocks": 1,
         "attention_levels": [False, True],
         "num_head_channels": [0, 8],
     },
@@ -236,7 +250,7 @@ def read_or_refuse(folder, monkeypatch):
 FUZZ = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@settings(FUZZ, max_examples=700)
+@settings(FUZZ, max_examples=600)
 @given(edits=EDITS, as_yaml=st.booleans())
 def test_fuzzed_configs(tmp_path, monkeypatch, edits, as_yaml):
     for old in (tmp_path / "configs").glob("*"):
