@@ -126,7 +126,7 @@ def _latent_shape(plan: BundlePlan) -> tuple[int, ...]:
     levels = len(arguments.get("channels") or arguments["num_channels"])
     if any(size % 2 ** (levels - 1) for size in shape[1:]):
         raise ValueError(
-            f"[bundle] latent_shape={list(shape)}: sizes must be multiples of {2 ** (levels - 1)} ({levels} levels)"
+            f"[bundle] latent_shape={list(shape)}: sizes must be multiples of {2 ** (levels - 1)} ({levels} levels); {remedy}"
         )
     if shape[0] != arguments["out_channels"]:
         raise ValueError(

@@ -127,9 +127,11 @@ def generative_keys() -> Any:
             name = key.replace(".postconv.", ".conv.").replace(".out_proj.", ".to_out.0.")
             if ".attn.to_" in name:
                 name = name.replace(".attn.", ".")
-                old[name.replace("to_q", "proj_attn").replace("to_k", "proj_attn").replace("to_v", "proj_attn")] = (
-                    torch.randn_like(value)
-                )
+                old[
+                    name.replace("to_q", "proj_attn")
+                    .replace("to_k", "proj_attn")
+                    .replace("to_v", "proj_attn")
+                ] = torch.randn_like(value)
             old[name] = value
         return old
 
