@@ -15,11 +15,11 @@ Images = NDArray[np.float32]
 
 def decode(spec: ArtifactSpec, programs: Programs, z: Any) -> Images:
     """Images `[N, 1, D, H, W]` of the latents `z`; see `Model.decode`."""
-    z = _batched("decode", spec, z, spec.latent_shape[0])
+    latents = _batched("decode", spec, z, spec.latent_shape[0])
     if "decode" not in spec.programs:
-        return z
-    image = programs.call("decode", {"z": z / np.float32(spec.scale_factor)})["image"].astype(
-        np.float32, copy=False
+        return latents
+    image = np.asarray(
+        programs.call("decode", {"z": latents / np.float32(spec.scale_factor)})["image"], np.float32
     )
     if not np.isfinite(image).all():
         raise ValueError(
@@ -36,8 +36,8 @@ def encode(spec: ArtifactSpec, programs: Programs, image: Any) -> Images:
     if "decode" not in spec.programs:
         return _batched("encode", spec, array, spec.latent_shape[0])
     array = _batched("encode", spec, array, 1)
-    mean = programs.call("encode", {"image": array})["z_mu"]
-    return (mean * np.float32(spec.scale_factor)).astype(np.float32, copy=False)
+    mean = np.asarray(programs.call("encode", {"image": array})["z_mu"], np.float32)
+    return mean * np.float32(spec.scale_factor)
 
 
 def _batched(operation: str, spec: ArtifactSpec, value: Any, channels: int) -> Images:

@@ -63,10 +63,11 @@ def sample(
     from .condition_text import parse_conditions
     from .picture import mosaic, save_picture
     from .pipeline import load
+    from .volume import read_nifti
 
     outputs = _outputs(output, count, png)
     latent = _sizes(size)
-    start = None if image is None else _read_image(image)
+    start = None if image is None else read_nifti(image)
     model = load(artifact, engine, threads)
     if not quiet:
         typer.echo(
@@ -143,16 +144,6 @@ def _sizes(text: str | None) -> tuple[int, ...] | None:
         raise ValueError(
             f"[sample] size={text}: need whole numbers with commas between, as 8,12,8"
         ) from error
-
-
-def _read_image(path: Path) -> Any:
-    import nibabel
-    import numpy as np
-
-    try:
-        return np.asarray(nibabel.load(path).dataobj, dtype=np.float32)
-    except (OSError, ValueError, EOFError, nibabel.filebasedimages.ImageFileError) as error:
-        raise ValueError(f"[sample] image {path}: cannot read it as NIfTI ({error})") from error
 
 
 @contextmanager

@@ -93,28 +93,32 @@ class Model:
             condition: values by the name of a condition or field, for all samples, or a sequence of n of them.
             size: the latent's spatial sizes; None: `latent_shape[1:]`, with an image the image's.
             image: an image to start from, as `encode` takes it, one for all samples; `strength` says how far it is
-                noised. None: start from pure noise.
+                noised. The affine of a Volume passes to the samples. None: start from pure noise.
             on_step: called with the steps done and to do, over all batches; what it raises stops the run.
             settings: `Settings`: `steps`, `scheduler`, `guidance` and so on; see `SamplerConfig` and `Request`.
 
         Raises:
-            ValueError: anything out of range, before any work; while sampling, values that are not finite.
+            ValueError: anything out of range, before any work (with an image: before the first step); while sampling,
+                values that are not finite.
         """
         request = make_request(self.spec, seed, settings)
-        if image is None:
-            if request.strength != 1:
-                raise ValueError(
-                    f"[sample] strength={request.strength} without an image: give one, or leave it out"
-                )
-            job = make_job(self.spec, request, n, batch, condition, size)
-            return self._run(job, n, batch, None, on_step)
-        x0 = self.encode(image)[0]
-        if size is not None and tuple(size) != x0.shape[1:]:
+        if image is None and request.strength != 1:
             raise ValueError(
-                f"[sample] size={tuple(size)}: the image's latent is {x0.shape[1:]}; leave size out"
+                f"[sample] strength={request.strength} without an image: give one, or leave it out"
             )
-        job = make_job(self.spec, request, n, batch, condition, x0.shape[1:])
-        return self._run(job, n, batch, x0, on_step)
+        x0 = None
+        if image is not None:
+            z = self.encode(image)
+            if z.shape[0] != 1:
+                raise ValueError(f"[sample] image holds {z.shape[0]} images: give one")
+            if size is not None and tuple(size) != z.shape[2:]:
+                raise ValueError(
+                    f"[sample] size={tuple(size)}: the image's latent is {z.shape[2:]}; leave size out"
+                )
+            x0, size = z[0], z.shape[2:]
+        job = make_job(self.spec, request, n, batch, condition, size)
+        frame = (image.affine, image.spacing_mm) if isinstance(image, Volume) else None
+        return self._run(job, n, batch, x0, frame, on_step)
 
     def decode(self, z: NDArray[np.generic]) -> NDArray[np.float32]:
         """Images `[N, 1, D, H, W]` of latents `z` `[N, C, D', H', W']` or `[C, D', H', W']` as the loop yields them.
@@ -133,17 +137,24 @@ class Model:
         return autoencoder.encode(self.spec, self._programs, array)
 
     def _run(
-        self, job: Job, n: int, batch: int, x0: NDArray[np.float32] | None, on_step: OnStep | None
+        self,
+        job: Job,
+        n: int,
+        batch: int,
+        x0: NDArray[np.float32] | None,
+        frame: tuple[NDArray[np.float64], tuple[float, ...]] | None,
+        on_step: OnStep | None,
     ) -> Iterator[Volume]:
         steps, starts = len(job.plan), range(0, n, batch)
         for number, first in enumerate(starts):
             part = range(first, min(first + batch, n))
             after = _counted(on_step, number * steps, len(starts) * steps)
             images, report = sample_batch(self.spec, self.engine, self._programs, job, part, x0, after)
-            affine = centred_affine(images.shape[2:], self.spec.spacing_mm)
+            spacing = self.spec.spacing_mm
+            affine, spacing = frame or (centred_affine(images.shape[2:], spacing), spacing)
             for image in images:
                 array = np.ascontiguousarray(image[0] if image.shape[0] == 1 else image)
-                yield Volume(array, affine, self.spec.spacing_mm, report)
+                yield Volume(array, affine, spacing, report)
 
 
 def _counted(on_step: OnStep | None, before: int, total: int) -> Callable[[int, int], None] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import nibabel
 import numpy as np
@@ -64,6 +64,24 @@ class Volume:
         image.header["descrip"] = description.encode("ascii", "replace")[:79]
         with atomic_file(path) as temporary:
             nibabel.save(image, temporary)
+
+
+def read_nifti(path: str | os.PathLike[str]) -> Volume:
+    """The volume in a NIfTI file, `[i, j, k]`, scaled as its header says, with its affine.
+
+    Raises:
+        ValueError: no such file, no NIfTI, not three axes.
+    """
+    try:
+        image: Any = nibabel.load(path)
+        array = np.asarray(image.dataobj, dtype=np.float32)
+    except (OSError, ValueError, EOFError, nibabel.filebasedimages.ImageFileError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"[volume] {os.fspath(path)}: cannot read it as NIfTI ({reason})") from error
+    if array.ndim != 3:
+        raise ValueError(f"[volume] {os.fspath(path)} has shape {array.shape}: need three axes")
+    spacing = tuple(float(size) for size in image.header.get_zooms()[:3])
+    return Volume(array, np.asarray(image.affine, np.float64), spacing)
 
 
 def check_nifti_path(path: str | os.PathLike[str]) -> Path:

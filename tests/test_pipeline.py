@@ -11,6 +11,7 @@ import pytest
 import volcast
 from volcast import _core
 from volcast.runtime.pipeline import Model, load
+from volcast.runtime.volume import Volume
 
 STEPS = 1000
 ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, 2e-2, STEPS))
@@ -131,6 +132,13 @@ def test_image_to_image_starts_at_its_strength(model: Model) -> None:
     assert (np.abs(volume.array - upsampled(expected)) <= tolerance).all()
 
 
+def test_a_volume_passes_its_affine_on(model: Model) -> None:
+    affine = np.array([[0, 0, 2, 5], [1, 0, 0, 6], [0, 1.5, 0, 7], [0, 0, 0, 1.0]])
+    image = Volume(np.zeros((8, 12, 8), np.float32), affine, (1.0, 1.5, 2.0))
+    volume = model.sample(image=image, strength=0.1)
+    np.testing.assert_array_equal(volume.affine, affine)
+
+
 def test_both_engines_give_the_same_numbers(gaussian: Path) -> None:
     pytest.importorskip("openvino")
     one, two = (load(gaussian, engine=name).sample(4, steps=20).array for name in ("openvino", "onnxruntime"))
@@ -188,6 +196,8 @@ def test_steps_are_counted_over_all_batches_and_an_error_stops(model: Model) -> 
         ({"n": 2, "condition": [{}]}, "1 conditions for 2 samples"),
         ({"image": np.zeros((8, 8)), "strength": 0.5}, r"\[encode\] got float64"),
         ({"image": np.zeros((8, 8, 7)), "strength": 0.5}, "o2=7.*nearest: 4 or 8"),
+        ({"image": np.zeros((2, 1, 8, 12, 8))}, "image holds 2 images"),
+        ({"image": np.zeros((8, 12, 8)), "size": (4, 4, 4)}, r"latent is \(4, 6, 4\); leave size out"),
         ({"image": np.full((8, 8, 8), np.nan)}, "NaN"),
     ],
 )

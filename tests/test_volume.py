@@ -6,7 +6,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from volcast.runtime.volume import Volume, centred_affine
+from volcast.runtime.volume import Volume, centred_affine, read_nifti
 
 
 def volume(shape: tuple[int, ...], spacing: tuple[float, ...]) -> Volume:
@@ -68,3 +68,27 @@ def test_what_is_no_volume() -> None:
 def test_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         volume((2, 2, 2), (1.0, 1.0, 1.0)).save(tmp_path / "no" / "out.nii")
+
+
+def test_reading_gives_the_volume_back(tmp_path: Path) -> None:
+    made = volume((5, 6, 7), (1.0, 1.5, 2.25))
+    made.save(tmp_path / "v.nii.gz")
+    read = read_nifti(tmp_path / "v.nii.gz")
+    np.testing.assert_array_equal(read.array, made.array)
+    np.testing.assert_array_equal(read.affine, made.affine)
+    assert read.spacing_mm == made.spacing_mm
+
+
+def test_what_is_no_nifti(tmp_path: Path) -> None:
+    whole = tmp_path / "v.nii"
+    volume((5, 6, 7), (1.0, 1.0, 1.0)).save(whole)
+    (tmp_path / "cut.nii").write_bytes(whole.read_bytes()[:600])
+    (tmp_path / "text.nii").write_text("hello")
+    (tmp_path / "empty.nii.gz").write_bytes(b"")
+    for name in ("cut.nii", "text.nii", "empty.nii.gz", "missing.nii"):
+        with pytest.raises(ValueError, match=f"{name}: cannot read it as NIfTI") as error:
+            read_nifti(tmp_path / name)
+        assert "\n" not in str(error.value)
+    volume((2, 3, 4, 5), (1.0, 1.0, 1.0)).save(tmp_path / "four.nii")
+    with pytest.raises(ValueError, match="need three axes"):
+        read_nifti(tmp_path / "four.nii")

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from volcast.runtime.pipeline import load as load
     from volcast.runtime.volume import Volume as Volume
 
+    __version__: str
+
 __all__ = ["Volume", "__version__", "load"]
 
 
