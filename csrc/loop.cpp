@@ -14,44 +14,49 @@ namespace {
 constexpr std::size_t kBlock = 256;
 
 template <class T>
-bool finite(T value) {
-    return std::fabs(value) <= std::numeric_limits<T>::max();
+bool all_finite(const T* values, std::size_t size) {
+    int bad = 0;
+    for (std::size_t i = 0; i < size; ++i) bad |= !(std::fabs(values[i]) <= std::numeric_limits<T>::max());
+    return bad == 0;
 }
 
-// One pass over a block. The template arguments keep branches out of the loop, so that it vectorises.
-template <class T, int Reads, bool UsesH, bool Noisy>
-bool update(const Row& row, std::size_t size, T* x, const T* base, const T* out, T* const* reads, T* write, T* saved,
-            const double* normal) {
-    const double a = row.a, d = row.d, e = row.e, p = row.p, q = row.q, lo = row.lo, hi = row.hi, c = row.c;
-    bool bad = false;
-    for (std::size_t i = 0; i < size; ++i) {
-        const double now = x[i], output = out[i];
-        double next = a * base[i] + d * output;
-        if constexpr (UsesH) {
-            double h = p * now + q * output;
-            h = h < lo ? lo : h;
-            h = h > hi ? hi : h;
-            next += e * h;
-            for (int k = 0; k < Reads; ++k) next += row.b[k] * reads[k][i];
-            if (write) write[i] = static_cast<T>(h);
-        } else {
-            for (int k = 0; k < Reads; ++k) next += row.b[k] * reads[k][i];
+template <class T>
+void add(double* sum, double weight, const T* values, std::size_t size) {
+    for (std::size_t i = 0; i < size; ++i) sum[i] += weight * values[i];
+}
+
+// Values `first`..`first + size - 1` of the row's update, size <= kBlock: the pieces stay in the first cache, and
+// each loop vectorises because the sums are local.
+template <class T>
+bool update(const Row& row, std::size_t step, Trajectory<T>& state, std::size_t first, std::size_t size, T* x,
+            const T* out) {
+    const auto slot = [&](int k) { return state.history.data() + static_cast<std::size_t>(k) * state.numel + first; };
+    T* const saved = state.saved.data() + first;
+    double next[kBlock], h[kBlock];
+    const T* base = row.from_saved ? saved : x;
+    for (std::size_t i = 0; i < size; ++i) next[i] = row.a * base[i];
+    add(next, row.d, out, size);
+    if (row.uses_h()) {
+        for (std::size_t i = 0; i < size; ++i) {
+            const double value = row.p * x[i] + row.q * out[i];
+            const double raised = value < row.lo ? row.lo : value;  // keeps NaN, so that it is reported
+            h[i] = raised > row.hi ? row.hi : raised;
         }
-        if constexpr (Noisy) next += c * normal[i];
-        if (saved) saved[i] = x[i];
-        const T rounded = static_cast<T>(next);
-        bad |= !finite(out[i]) | !finite(rounded);
-        x[i] = rounded;
+        add(next, row.e, h, size);
     }
-    return !bad;
-}
-
-template <class T, int Reads>
-bool update_any(const Row& row, std::size_t size, T* x, const T* base, const T* out, T* const* reads, T* write,
-                T* saved, const double* normal) {
-    const auto pick = row.uses_h() ? (normal ? update<T, Reads, true, true> : update<T, Reads, true, false>)
-                                   : (normal ? update<T, Reads, false, true> : update<T, Reads, false, false>);
-    return pick(row, size, x, base, out, reads, write, saved, normal);
+    for (int k = 0; k < kReads; ++k) {
+        if (row.read[k] >= 0) add(next, row.b[k], slot(row.read[k]), size);
+    }
+    if (row.c != 0) {
+        double normal[kBlock];
+        fill_normal({state.seed, state.sample, static_cast<std::uint32_t>(step + 1)}, first, size, normal);
+        for (std::size_t i = 0; i < size; ++i) normal[i] = static_cast<T>(normal[i]);
+        add(next, row.c, normal, size);
+    }
+    if (row.save) std::copy_n(x, size, saved);
+    if (row.write >= 0) std::transform(h, h + size, slot(row.write), [](double value) { return static_cast<T>(value); });
+    for (std::size_t i = 0; i < size; ++i) x[i] = static_cast<T>(next[i]);
+    return all_finite(out, size) && all_finite(x, size);
 }
 
 using Clock = std::chrono::steady_clock;
@@ -71,23 +76,10 @@ Trajectory<T>::Trajectory(const Plan& plan, std::uint64_t seed, std::uint64_t sa
 template <class T>
 void advance(const Plan& plan, std::size_t step, Trajectory<T>& state, T* x, const T* out) {
     const Row& row = plan.rows.at(step);
-    const int reads = static_cast<int>(std::count_if(row.read, row.read + kReads, [](int slot) { return slot >= 0; }));
-    constexpr decltype(&update_any<T, 0>) by_reads[] = {update_any<T, 0>, update_any<T, 1>, update_any<T, 2>,
-                                                        update_any<T, 3>};
-    const auto slot = [&](int k, std::size_t first) { return state.history.data() + k * state.numel + first; };
-    double normal[kBlock];
     bool good = true;
     for (std::size_t first = 0; first < state.numel; first += kBlock) {
         const std::size_t size = std::min(kBlock, state.numel - first);
-        T* read[kReads] = {};
-        for (int k = 0; k < reads; ++k) read[k] = slot(row.read[k], first);
-        if (row.c != 0) {
-            fill_normal({state.seed, state.sample, static_cast<std::uint32_t>(step + 1)}, first, size, normal);
-            for (std::size_t i = 0; i < size; ++i) normal[i] = static_cast<T>(normal[i]);
-        }
-        good &= by_reads[reads](row, size, x + first, row.from_saved ? state.saved.data() + first : x + first,
-                                out + first, read, row.write >= 0 ? slot(row.write, first) : nullptr,
-                                row.save ? state.saved.data() + first : nullptr, row.c != 0 ? normal : nullptr);
+        good &= update(row, step, state, first, size, x + first, out + first);
     }
     check(good, "loop", "step ", step, " (t=", row.t, "), sample ", state.sample,
           ": the network's output or x is not finite; check the weights, the condition and the precision");
