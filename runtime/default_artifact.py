@@ -19,7 +19,7 @@ BUNDLE = Path(volcast.__file__).parent / "models" / NAME
 
 
 def default_artifact() -> Path:
-    """The folder of the bundled model's artifact; exported first (a minute or so) if the cache lacks it.
+    """The folder of the bundled model's artifact; exported first (some minutes) if the cache lacks it.
 
     It lives in `$XDG_CACHE_HOME/volcast` (or `~/.cache/volcast`) under a name made of volcast's version and the
     bundle's bytes, so that neither an upgrade nor another bundle meets an old artifact. The export runs as
