@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import GraphModule, Node
 
-from .graph import add_parameter, aten, evaluate, finish, is_parameter, is_size, symbol
+from .graph import add_parameter, argument, aten, evaluate, finish, is_parameter, symbol
 
 IDENTITIES = {
     aten.dropout.default,
@@ -55,7 +55,9 @@ def capture(
     to a constant) stays fixed. Raises ValueError where the network cannot be captured at all. Operators that only
     check or pass their argument on are removed, and what depends on no input is computed now.
     """
-    dims = {name: multiple * Dim(f"{name}_blocks", min=1) for name, multiple in multiples.items() if multiple > 1}
+    dims = {
+        name: multiple * Dim(f"{name}_blocks", min=1) for name, multiple in multiples.items() if multiple > 1
+    }
     dynamic = {
         name: {axis: dims.get(free.get(name, {}).get(axis, ""), Dim.AUTO) for axis in free.get(name, {})}
         for name in examples
@@ -78,18 +80,18 @@ def capture(
 def _is_identity(node: Node) -> bool:
     if node.target in IDENTITIES:
         return True
-    source = node.args[0] if node.args and isinstance(node.args[0], Node) else None
-    if source is None or not isinstance(source.meta.get("val"), Tensor):
+    source = argument(node, 0)
+    if not isinstance(source, Node) or not isinstance(source.meta.get("val"), Tensor):
         return False
+    before, after = source.meta["val"], node.meta["val"]
     if node.target is aten.slice.Tensor:
-        _, _, start, end, *step = (*node.args, *[None] * (4 - len(node.args)))
-        whole = start in (0, None) and isinstance(end, int | None) and (end is None or end >= 2**62)
-        return whole and step in ([], [1])
-    if node.target in (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default):
-        return bool(source.meta["val"].dtype == node.meta["val"].dtype)
+        end = argument(node, 3)
+        whole = argument(node, 2) in (0, None) and (end is None or (isinstance(end, int) and end >= 2**62))
+        return whole and argument(node, 4, 1) == 1
+    if node.target in (aten.to.dtype, aten._to_copy.default):
+        return bool(before.dtype == after.dtype)
     if node.target in (aten.expand.default, aten.reshape.default, aten.view.default):
-        before, after = source.meta["val"].shape, node.meta["val"].shape
-        return [symbol(s) for s in before] == [symbol(s) for s in after]
+        return [symbol(s) for s in before.shape] == [symbol(s) for s in after.shape]
     return False
 
 
@@ -113,21 +115,21 @@ def _rename(graph_module: GraphModule, names: Sequence[str]) -> GraphModule:
     return finish(graph_module)
 
 
+def _is_tensor(node: Node) -> bool:
+    return node.op == "call_function" and isinstance(node.meta.get("val"), Tensor)
+
+
 def fold_constants(graph_module: GraphModule) -> GraphModule:
     """Compute now what depends on no input (rate: once per model)."""
     constant: set[Node] = set()
     known: dict[Node, Tensor] = {}
     for node in graph_module.graph.nodes:
         sources = node.all_input_nodes
-        if is_parameter(node):
-            constant.add(node)
-        elif node.op == "call_function" and not is_size(node) and all(s in constant for s in sources):
+        if is_parameter(node) or _is_tensor(node) and all(s in constant for s in sources):
             constant.add(node)
     for node in list(graph_module.graph.nodes):
         if node in constant and not is_parameter(node) and any(user not in constant for user in node.users):
             value = evaluate(graph_module, node, known)
-            if not isinstance(value, Tensor):
-                continue
             with graph_module.graph.inserting_before(node):
                 node.replace_all_uses_with(add_parameter(graph_module, f"folded_{node.name}", value))
     return finish(graph_module)

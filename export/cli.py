@@ -51,7 +51,9 @@ def export(
         print(spec.model_dump_json())
     else:
         step = spec.programs["step"]
-        print(f"{output}: {spec.name}, {precision.value} weights, step {step.nodes} nodes (was {step.nodes_before})")
+        print(
+            f"{output}: {spec.name}, {precision.value} weights, step {step.nodes} nodes (was {step.nodes_before})"
+        )
 
 
 def _read(bundle: Path, config: Path | None, weights: list[str], settings: list[str]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 aten = torch.ops.aten
 
 
+def argument(node: Node, index: int, default: Any = None) -> Any:
+    """A positional argument of an operator, or `default` where the call leaves it out."""
+    return node.args[index] if len(node.args) > index else default
+
+
 def is_size(node: Node) -> bool:
     """A size (an int computed from shapes), not a tensor."""
-    return isinstance(node.meta.get("val"), (int, torch.SymInt))
+    return isinstance(node.meta.get("val"), int | torch.SymInt)
 
 
 def is_parameter(node: Node) -> bool:
@@ -26,8 +32,17 @@ def is_parameter(node: Node) -> bool:
 
 def shape_of(node: Node) -> tuple[int | torch.SymInt, ...]:
     """The node's shape; symbolic where the size is free."""
-    value = node.meta["val"]
-    return tuple(value.shape)
+    return tuple(node.meta["val"].shape)
+
+
+def is_free(size: object) -> bool:
+    """A symbolic size."""
+    return isinstance(size, torch.SymInt)
+
+
+def hint(size: int | torch.SymInt) -> int:
+    """The size at which the graph was captured."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
 
 
 def symbol(size: int | torch.SymInt) -> str:
@@ -87,9 +102,9 @@ def inputs(graph_module: GraphModule) -> dict[str, Node]:
 
 
 def outputs(graph_module: GraphModule) -> tuple[Node, ...]:
-    node = next(iter(reversed(graph_module.graph.nodes)))
-    value = node.args[0]
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)  # type: ignore[arg-type, return-value]
+    """What the graph returns, in order."""
+    value = argument(next(iter(reversed(graph_module.graph.nodes))), 0)
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
 
 
 def count_nodes(graph_module: GraphModule) -> int:
@@ -111,10 +126,13 @@ def evaluate(graph_module: GraphModule, node: Node, known: dict[Node, Tensor]) -
         if is_parameter(node):
             known[node] = parameter(graph_module, node)
         else:
-            arguments = [torch.fx.node.map_arg(a, lambda n: evaluate(graph_module, n, known)) for a in node.args]
+            arguments = [
+                torch.fx.node.map_arg(a, lambda n: evaluate(graph_module, n, known)) for a in node.args
+            ]
             keywords = {
                 key: torch.fx.node.map_arg(a, lambda n: evaluate(graph_module, n, known))
                 for key, a in node.kwargs.items()
             }
-            known[node] = node.target(*arguments, **keywords)  # type: ignore[operator]
+            target: Any = node.target
+            known[node] = target(*arguments, **keywords)
     return known[node]

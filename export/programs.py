@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from torch.fx import GraphModule
 from volcast.runtime.spec import Axis, ConditionSpec, TensorSpec
 
 from .capture import capture
-from .graph import count_flops, count_nodes, inputs, outputs, shape_of, symbol
+from .graph import count_flops, count_nodes, hint, inputs, is_free, outputs, shape_of, symbol
 from .networks import Decoder, Denoiser, Encoder, plain_modules
 from .passes.hoist import hoist
 from .passes.phase_conv import phase_conv
@@ -59,9 +58,17 @@ def capture_model(
     """
     spatial = tuple(latent_shape[1:])
     multiple = 2 ** (_levels(unet) - 1)
-    axes = [Axis(name="batch", minimum=batch[0], maximum=batch[1]), Axis(name="steps", minimum=1, maximum=10**6)]
+    axes = [
+        Axis(name="batch", minimum=batch[0], maximum=batch[1]),
+        Axis(name="steps", minimum=1, maximum=10**6),
+    ]
     axes += [
-        Axis(name=f"d{i}", minimum=multiple, maximum=max(size, LARGEST // multiple * multiple), multiple=multiple)
+        Axis(
+            name=f"d{i}",
+            minimum=multiple,
+            maximum=max(size, LARGEST // multiple * multiple),
+            multiple=multiple,
+        )
         for i, size in enumerate(spatial)
     ]
     programs = capture_denoiser(unet, latent_shape, conditions, multiple)
@@ -109,7 +116,9 @@ def capture_denoiser(
     crossing = {"row": rows, **dict(zip(prepared, constants, strict=True)), **one}
     result = {
         "schedule": _program(cut.schedule, {**axes, x_symbol: "steps"}, ["rows"], [torch.zeros(1)]),
-        "step": _program(cut.step, axes, ["out"], [crossing[name] for name in inputs(cut.step)], original, one),
+        "step": _program(
+            cut.step, axes, ["out"], [crossing[name] for name in inputs(cut.step)], original, one
+        ),
     }
     if cut.prepare is not None:
         given = [one[name] for name in inputs(cut.prepare)]
@@ -117,14 +126,16 @@ def capture_denoiser(
     return result
 
 
-def capture_decoder(autoencoder: nn.Module, latent_shape: Sequence[int]) -> tuple[CapturedProgram, tuple[int, ...]]:
+def capture_decoder(
+    autoencoder: nn.Module, latent_shape: Sequence[int]
+) -> tuple[CapturedProgram, tuple[int, ...]]:
     """`decode`, and by how much it enlarges each spatial size."""
     spatial = tuple(latent_shape[1:])
     examples = {"z": torch.zeros(2, *latent_shape)}
     free = {"z": {0: "batch", **{2 + i: f"d{i}" for i in range(len(spatial))}}}
     original = capture(Decoder(plain_modules(autoencoder)), examples, free, {})
     (image,) = outputs(original)
-    sizes = tuple(_hint(size) for size in shape_of(image)[2:])
+    sizes = tuple(hint(size) for size in shape_of(image)[2:])
     scale = tuple(size // small for size, small in zip(sizes, spatial, strict=True))
     axes = _axes(original, free) | _output_axes(original, "o")
     one = {"z": examples["z"][:1]}
@@ -176,7 +187,7 @@ def _axes(graph: GraphModule, free: Mapping[str, Mapping[int, str]]) -> dict[str
         symbol(shape_of(node)[axis]): free[name][axis]
         for name, node in inputs(graph).items()
         for axis, size in enumerate(shape_of(node))
-        if isinstance(size, torch.SymInt)
+        if is_free(size)
     }
 
 
@@ -185,12 +196,8 @@ def _output_axes(graph: GraphModule, prefix: str) -> dict[str, str]:
         symbol(size): f"{prefix}{axis}"
         for node in outputs(graph)
         for axis, size in enumerate(shape_of(node)[2:])
-        if isinstance(size, torch.SymInt)
+        if is_free(size)
     }
-
-
-def _hint(size: int | torch.SymInt) -> int:
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
 
 
 def _levels(unet: nn.Module) -> int:
@@ -200,8 +207,3 @@ def _levels(unet: nn.Module) -> int:
 def _first_channels(autoencoder: nn.Module) -> int:
     weight = next(p for p in autoencoder.encoder.parameters() if p.ndim > 2)  # type: ignore[union-attr]
     return int(weight.shape[1])
-
-
-def parameter_bytes(program: CapturedProgram) -> int:
-    """Bytes of a program's weights in float32."""
-    return sum(4 * prod(tensor.shape) for tensor in program.graph.buffers())

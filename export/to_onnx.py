@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 
 from volcast.runtime.spec import Precision, TensorSpec
 
-from .graph import inputs, outputs, shape_of, symbol
+from .graph import hint, inputs, is_free, outputs, shape_of, symbol
 
 OPSET = 21
 """The first with GroupNormalization as MONAI means it."""
@@ -36,7 +36,7 @@ def tensor_specs(
     """Inputs and outputs of a program; `axes` names every free size by its symbol."""
 
     def spec(name: str, value: torch.Tensor) -> TensorSpec:
-        shape = tuple(axes[symbol(s)] if isinstance(s, torch.SymInt) else s for s in value.shape)
+        shape = tuple(axes[symbol(s)] if is_free(s) else s for s in value.shape)
         return TensorSpec(name=name, dtype=str(value.dtype).removeprefix("torch."), shape=shape)  # type: ignore[arg-type]
 
     values = [node.meta["val"] for node in outputs(program)]
@@ -89,12 +89,14 @@ def to_onnx(
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:
-        raise ValueError(f"[to_onnx] {path.name} is not valid ONNX: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(
+            f"[to_onnx] {path.name} is not valid ONNX: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 def _example(value: torch.Tensor) -> torch.Tensor:
     """A real tensor of the captured shape, free sizes as at capture."""
-    shape = [int(s.node.hint) if isinstance(s, torch.SymInt) else s for s in value.shape]
+    shape = [hint(s) for s in value.shape]
     return torch.zeros(shape, dtype=value.dtype)
 
 
@@ -102,14 +104,14 @@ def _dynamic(program: GraphModule) -> tuple[dict[int, Any], ...]:
     """The free sizes of a program's inputs, for torch.export: `4*s0` stays a multiple of four."""
     known: dict[str, Any] = {}
 
-    def dim(size: torch.SymInt) -> Any:
+    def dim(size: Any) -> Any:
         coefficient, rest = size.node.expr.as_coeff_Mul()
         if int(coefficient) == 1:
             return Dim.AUTO
         return int(coefficient) * known.setdefault(str(rest), Dim(f"blocks_{len(known)}", min=1))
 
     return tuple(
-        {axis: dim(size) for axis, size in enumerate(shape_of(node)) if isinstance(size, torch.SymInt)}
+        {axis: dim(size) for axis, size in enumerate(shape_of(node)) if is_free(size)}
         for node in inputs(program).values()
     )
 
@@ -123,11 +125,13 @@ def _store_weights(model: onnx_ir.Model, dtype: onnx_ir.DataType) -> None:
         stored = array.astype(dtype.numpy())
         if not np.isfinite(stored.astype(np.float32)).all():
             largest = float(np.abs(array).max())
-            raise ValueError(f"[export] weight {name} reaches {largest:g}: too large for {dtype.name.lower()}; use fp32")
+            raise ValueError(
+                f"[export] weight {name} reaches {largest:g}: too large for {dtype.name.lower()}; use fp32"
+            )
         low = onnx_ir.Value(name=f"{name}.stored", const_value=onnx_ir.Tensor(stored, name=f"{name}.stored"))
-        low.dtype, low.shape = dtype, tensor.shape
+        low.dtype, low.shape = dtype, value.shape
         cast = onnx_ir.node("Cast", [low], {"to": onnx_ir.DataType.FLOAT.value}, num_outputs=1)
-        cast.outputs[0].dtype, cast.outputs[0].shape = onnx_ir.DataType.FLOAT, tensor.shape
+        cast.outputs[0].dtype, cast.outputs[0].shape = onnx_ir.DataType.FLOAT, value.shape
         value.replace_all_uses_with(cast.outputs[0])
         del model.graph.initializers[name]
         model.graph.initializers[low.name] = low  # type: ignore[index]

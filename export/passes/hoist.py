@@ -16,12 +16,13 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from ..graph import aten, finish, inputs, is_parameter, is_size, outputs, shape_of, symbol
+from volcast.export.graph import aten, finish, inputs, is_free, is_size, outputs, shape_of, symbol
 
 SAMPLE, TIME = "x", "timesteps"
 
@@ -51,10 +52,9 @@ def hoist(graph_module: GraphModule) -> Cut:
         raise ValueError("[hoist] the output does not depend on x: nothing to sample")
     crossing: dict[str, list[Node]] = {"schedule": [], "prepare": []}
     for node in graph_module.graph.nodes:
-        rate = rates.get(node)
-        if rate in crossing and node.op == "call_function" and not isinstance(node.meta["val"], list | tuple):
-            if any(rates.get(user) == "step" for user in node.users):
-                crossing[rate].append(node)
+        tensor = node.op == "call_function" and not isinstance(node.meta.get("val"), list | tuple)
+        if tensor and rates.get(node) in crossing and any(rates.get(user) == "step" for user in node.users):
+            crossing[rates[node]].append(node)
     if any(rates.get(user) == "step" for user in names[TIME].users):
         crossing["schedule"].append(names[TIME])
     schedule = _extract(graph_module, (TIME,), crossing["schedule"], "rows")
@@ -82,13 +82,13 @@ def _rates(graph_module: GraphModule, conditions: frozenset[str]) -> dict[Node, 
 
 def _symbols(graph_module: GraphModule, names: Sequence[str] | frozenset[str]) -> set[str]:
     placeholders = inputs(graph_module)
-    return {symbol(s) for name in names for s in shape_of(placeholders[name]) if isinstance(s, torch.SymInt)}
+    return {symbol(s) for name in names for s in shape_of(placeholders[name]) if is_free(s)}
 
 
 def _size_symbols(node: Node) -> set[str]:
     """The free symbols of the sizes a node takes as arguments."""
     sizes = [source.meta["val"] for source in node.all_input_nodes if is_size(source)]
-    return {str(s) for size in sizes if isinstance(size, torch.SymInt) for s in size.node.expr.free_symbols}
+    return {str(s) for size in sizes if is_free(size) for s in size.node.expr.free_symbols}
 
 
 class _Copier:
@@ -107,7 +107,7 @@ class _Copier:
         node.meta["val"] = like.meta["val"]
         self.copies[like] = node
         for axis, size in enumerate(shape_of(like)):
-            if isinstance(size, torch.SymInt):
+            if is_free(size):
                 self.leaves.setdefault(symbol(size), (node, axis))
         return node
 
@@ -131,14 +131,10 @@ class _Copier:
                 self.copies[current] = self.graph.node_copy(current, self.copies.__getitem__)
         return self.copies[node]
 
-    def call(self, target: object, arguments: tuple[object, ...]) -> Node:
-        node = self.graph.call_function(target, arguments)  # type: ignore[arg-type]
-        values = [
-            [a.meta["val"] for a in arg] if isinstance(arg, list) and all(isinstance(a, Node) for a in arg)
-            else arg.meta["val"] if isinstance(arg, Node) else arg
-            for arg in arguments
-        ]  # fmt: skip
-        node.meta["val"] = target(*values)  # type: ignore[operator]
+    def call(self, target: Any, arguments: tuple[Any, ...]) -> Node:
+        """A new operator, with the value that it would have."""
+        node = self.graph.call_function(target, arguments)
+        node.meta["val"] = target(*torch.fx.node.map_arg(arguments, lambda source: source.meta["val"]))
         return node
 
 

@@ -9,17 +9,30 @@ are added in float64 and rounded once. MAISI upsamples trilinearly, so its decod
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ..graph import add_parameter, aten, clone, finish, is_parameter, parameter
+from volcast.export.graph import (
+    add_parameter,
+    argument,
+    aten,
+    clone,
+    finish,
+    is_parameter,
+    parameter,
+    shape_of,
+)
 
-NEAREST = {
-    aten.upsample_nearest2d.vec: 2,
-    aten.upsample_nearest3d.vec: 3,
+NEAREST: dict[Any, int] = {aten.upsample_nearest2d.vec: 2, aten.upsample_nearest3d.vec: 3}
+"""Upsampling operators and their number of spatial axes."""
+
+TRANSPOSED: dict[Any, Any] = {
+    aten.conv2d.default: aten.conv_transpose2d.input,
+    aten.conv3d.default: aten.conv_transpose3d.input,
 }
-CONVOLUTIONS = {aten.conv2d.default: aten.conv_transpose2d.input, aten.conv3d.default: aten.conv_transpose3d.input}
 
 TAPS = ((0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 0))
 """Row k: which of the taps (a, b, c) add up to tap k of the transposed convolution."""
@@ -35,25 +48,23 @@ def phase_weight(weight: Tensor) -> Tensor:
 
 
 def _doubles(node: Node) -> bool:
-    dims = NEAREST.get(node.target)  # type: ignore[arg-type]
-    if dims is None:
-        return False
-    scale = node.args[2] if len(node.args) > 2 else node.kwargs.get("scale_factors")
-    return node.args[1] is None and isinstance(scale, list | tuple) and list(scale) == [2.0] * dims
+    dims = NEAREST.get(node.target)
+    scale = argument(node, 2, node.kwargs.get("scale_factors"))
+    return (
+        dims is not None and argument(node, 1) is None and scale is not None and list(scale) == [2.0] * dims
+    )
 
 
 def _is_same_convolution(node: Node) -> bool:
     """3^n taps, stride 1, padding 1, no dilation, one group."""
-    if node.target not in CONVOLUTIONS or not is_parameter(node.args[1]):  # type: ignore[arg-type]
+    if node.target not in TRANSPOSED or not is_parameter(argument(node, 1)):
         return False
-    dims = 2 if node.target is aten.conv2d.default else 3
-    stride, padding, dilation, groups = (*node.args[3:], *([1], [0], [1], 1)[len(node.args) - 3 :])
+    stride, padding, dilation = argument(node, 3, [1]), argument(node, 4, [0]), argument(node, 5, [1])
+    taps = shape_of(argument(node, 1))[2:]
     return (
-        tuple(node.args[1].meta["val"].shape[2:]) == (3,) * dims  # type: ignore[union-attr]
-        and set(stride) == {1}  # type: ignore[arg-type]
-        and set(padding) == {1}  # type: ignore[arg-type]
-        and set(dilation) == {1}  # type: ignore[arg-type]
-        and groups == 1
+        all(size == 3 for size in taps)
+        and (set(stride), set(padding), set(dilation)) == ({1}, {1}, {1})
+        and argument(node, 6, 1) == 1
     )
 
 
@@ -63,20 +74,13 @@ def phase_conv(graph_module: GraphModule) -> GraphModule:
     for upsample in list(result.graph.nodes):
         if not _doubles(upsample) or not all(_is_same_convolution(user) for user in upsample.users):
             continue
+        dims = NEAREST[upsample.target]
         for convolution in list(upsample.users):
-            dims = NEAREST[upsample.target]
             with result.graph.inserting_before(convolution):
-                weight = phase_weight(parameter(result, convolution.args[1]))
-                replacement = result.graph.call_function(
-                    CONVOLUTIONS[convolution.target],
-                    (
-                        upsample.args[0],
-                        add_parameter(result, f"phase_{convolution.name}", weight),
-                        convolution.args[2] if len(convolution.args) > 2 else None,
-                        [2] * dims,
-                        [1] * dims,
-                    ),
-                )
+                weight = phase_weight(parameter(result, argument(convolution, 1)))
+                place = add_parameter(result, f"phase_{convolution.name}", weight)
+                arguments = (argument(upsample, 0), place, argument(convolution, 2), [2] * dims, [1] * dims)
+                replacement = result.graph.call_function(TRANSPOSED[convolution.target], arguments)
             replacement.meta["val"] = convolution.meta["val"]
             convolution.replace_all_uses_with(replacement)
     return finish(result)

@@ -9,102 +9,115 @@ another tensor (the residual addition), which broadcasts it. `hoist` then moves 
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
-from ..graph import aten, clone, finish, is_size, shape_of, symbol
+from volcast.export.graph import argument, aten, clone, finish, shape_of, symbol
 
-POINTWISE = {aten.linear.default}
-
-
-def _one_key(node: Node) -> bool:
-    """A softmax over an axis of fixed size 1."""
-    if node.target not in (aten.softmax.int, aten._softmax.default):
-        return False
-    axis = node.args[1]
-    return isinstance(axis, int) and shape_of(node)[axis] == 1
-
-
-def _value_of(product: Node, scores: Node) -> Node | None:
-    """v [N, H, 1, D] (or [N*H, 1, D]) where `product` is scores @ v."""
-    if product.target is aten.einsum.default:
-        equation, operands = product.args[:2]
-        left, right = str(equation).split("->")[0].split(",")
-        matches = operands[0] is scores and left[:-1] == right[: len(left) - 2] + left[-2]  # type: ignore[index]
-        matches = matches and right[-2] == left[-1] and str(equation).endswith(left[:-1] + right[-1])
-        return operands[1] if matches else None  # type: ignore[index, return-value]
-    if product.target in (aten.matmul.default, aten.bmm.default) and product.args[0] is scores:
-        return product.args[1]  # type: ignore[return-value]
-    return None
-
-
-def _row_view(node: Node, axis: int) -> tuple[list[object], int] | None:
-    """The view's target shape with one row, and where the row axis goes; None if the axis is merged or split."""
-    source: Node = node.args[0]  # type: ignore[assignment]
-    before, after = shape_of(source), shape_of(node)
-    sizes = list(node.args[1])  # type: ignore[arg-type]
-    for position, size in enumerate(after):
-        if symbol(size) == symbol(before[axis]) and symbol(prod(after[:position])) == symbol(prod(before[:axis])):
-            sizes[position] = 1
-            if any(isinstance(s, int) and s == -1 for s in sizes):
-                return None
-            return sizes, position
-    return None
-
-
-def _collapse(graph_module: GraphModule, product: Node, value: Node) -> bool:
-    """Replace `product` by one row of it; False (and nothing changed) if its readers do not allow that."""
-    graph = graph_module.graph
-    chain: list[tuple[Node, object]] = []
-    node, axis = product, len(shape_of(product)) - 2
-    while True:
-        if len(node.users) != 1:
-            return False
-        user = next(iter(node.users))
-        if user.target is aten.add.Tensor and axis == len(shape_of(user)) - 2:
-            break
-        if user.target is aten.permute.default:
-            axis = list(user.args[1]).index(axis)  # type: ignore[arg-type]
-            chain.append((user, user.args[1]))
-        elif user.target is aten.transpose.int:
-            swap = {d % len(shape_of(user)): e % len(shape_of(user)) for d, e in (user.args[1:], user.args[:0:-1])}
-            axis = swap.get(axis, axis)
-            chain.append((user, user.args[1:]))
-        elif user.target in (aten.reshape.default, aten.view.default, aten._unsafe_view.default):
-            view = _row_view(user, axis)
-            if view is None:
-                return False
-            axis = view[1]
-            chain.append((user, view[0]))
-        elif user.target in POINTWISE and user.args[0] is node and axis != len(shape_of(user)) - 1:
-            chain.append((user, None))
-        else:
-            return False
-        node = user
-    row = value
-    for old, argument in chain:
-        with graph.inserting_before(old):
-            if old.target in POINTWISE:
-                arguments = (row, *old.args[1:])
-            elif old.target is aten.transpose.int:
-                arguments = (row, *argument)  # type: ignore[misc]
-            else:
-                arguments = (row, argument)
-            new = graph.call_function(old.target, arguments, dict(old.kwargs))  # type: ignore[arg-type]
-            meta = [a.meta["val"] if isinstance(a, Node) else a for a in arguments]
-            meta = [[s.meta["val"] if isinstance(s, Node) else s for s in a] if isinstance(a, list) else a for a in meta]
-            new.meta["val"] = old.target(*meta)  # type: ignore[operator]
-        row = new
-    node.replace_all_uses_with(row)
-    return True
+VIEWS = {aten.reshape.default, aten.view.default, aten._unsafe_view.default}
 
 
 def single_token_attention(graph_module: GraphModule) -> GraphModule:
     """Attention whose softmax runs over one key becomes a broadcast row."""
     result = clone(graph_module)
-    for scores in [node for node in result.graph.nodes if not is_size(node) and _one_key(node)]:
+    for scores in [node for node in result.graph.nodes if _one_key(node)]:
         for product in list(scores.users):
             value = _value_of(product, scores)
-            if value is not None and _collapse(result, product, value):
-                result = finish(result)
+            if value is not None:
+                _keep_one_row(result.graph, product, value)
+    for attention in [node for node in result.graph.nodes if _one_key_fused(node)]:
+        _keep_one_row(result.graph, attention, argument(attention, 2))
     return finish(result)
+
+
+def _one_key(node: Node) -> bool:
+    """A softmax over an axis of fixed size 1."""
+    return node.target is aten.softmax.int and shape_of(node)[argument(node, 1)] == 1
+
+
+def _one_key_fused(node: Node) -> bool:
+    """Scaled dot-product attention over one key, without a mask (the weight is then exactly 1)."""
+    if node.target is not aten.scaled_dot_product_attention.default or argument(node, 3) is not None:
+        return False
+    return shape_of(argument(node, 1))[-2] == 1 and not argument(node, 5, False)
+
+
+def _value_of(product: Node, scores: Node) -> Node | None:
+    """v [.., 1, D] where `product` is scores [.., L, 1] @ v."""
+    if product.target is aten.einsum.default:
+        equation, operands = argument(product, 0), argument(product, 1)
+        left, right, result = equation.replace("->", ",").split(",")
+        is_product = (*left, *right[-2:]) == (*result[:-1], right[-2], right[-2], result[-1])
+        return operands[1] if is_product and left[:-2] == right[:-2] and operands[0] is scores else None
+    if product.target in (aten.matmul.default, aten.bmm.default) and argument(product, 0) is scores:
+        value: Node = argument(product, 1)
+        return value
+    return None
+
+
+def _keep_one_row(graph: Graph, product: Node, value: Node) -> None:
+    """Replace `product`, and what only rearranges or projects its rows, by one row; nothing if a reader forbids it."""
+    chain = _row_chain(product)
+    if chain is None:
+        return
+    row = value
+    for node, arguments in chain:
+        with graph.inserting_before(node):
+            target: Any = node.target
+            new = graph.call_function(target, (row, *arguments), dict(node.kwargs))
+        operands = [a.meta["val"] if isinstance(a, Node) else a for a in new.args]
+        sizes = [
+            [s.meta["val"] if isinstance(s, Node) else s for s in a] if isinstance(a, list) else a
+            for a in operands
+        ]
+        new.meta["val"] = target(*sizes, **node.kwargs)
+        row = new
+    last = chain[-1][0] if chain else product
+    last.replace_all_uses_with(row)
+
+
+def _row_chain(product: Node) -> list[tuple[Node, tuple[Any, ...]]] | None:
+    """The operators between the product and the addition that broadcasts, with their arguments for one row."""
+    chain: list[tuple[Node, tuple[Any, ...]]] = []
+    node, axis = product, len(shape_of(product)) - 2
+    while len(node.users) == 1:
+        user = next(iter(node.users))
+        rank = len(shape_of(user))
+        if user.target is aten.add.Tensor and axis == rank - 2:
+            return chain
+        if user.target is aten.permute.default:
+            order = argument(user, 1)
+            axis = list(order).index(axis)
+            chain.append((user, (order,)))
+        elif user.target is aten.transpose.int:
+            first, second = (argument(user, i) % rank for i in (1, 2))
+            axis = {first: second, second: first}.get(axis, axis)
+            chain.append((user, (first, second)))
+        elif user.target in VIEWS:
+            view = _row_view(node, user, axis)
+            if view is None:
+                return None
+            sizes, axis = view
+            chain.append((user, (sizes,)))
+        elif user.target is aten.linear.default and argument(user, 0) is node and axis != rank - 1:
+            chain.append((user, user.args[1:]))
+        else:
+            return None
+        node = user
+    return None
+
+
+def _row_view(source: Node, view: Node, axis: int) -> tuple[list[Any], int] | None:
+    """The view's sizes with one row and where its row axis goes; None if the view merges or splits that axis."""
+    before, after = shape_of(source), shape_of(view)
+    sizes = list(argument(view, 1))
+    if any(isinstance(size, int) and size == -1 for size in sizes):
+        return None
+    for position, size in enumerate(after):
+        if symbol(size) == symbol(before[axis]) and symbol(prod(after[:position])) == symbol(
+            prod(before[:axis])
+        ):
+            sizes[position] = 1
+            return sizes, position
+    return None

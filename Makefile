@@ -1,0 +1,41 @@
+# The two commands of a newcomer: `make demo` and `make test`. Everything lands in .venv and demo/.
+PYTHON ?= python3
+ENV := .venv
+BIN := $(ENV)/bin
+# PyPI's torch for Linux brings several GB of CUDA; this index has the CPU build.
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --retries 2
+BUNDLE := src/volcast/models/hippocampus
+SAMPLE := $(BIN)/volcast sample demo/artifact --steps 50 --guidance 2 --seed 1
+
+.PHONY: env demo test lint clean
+env: $(ENV)/ready
+
+$(ENV)/ready: setup.py pyproject.toml $(wildcard csrc/*)
+	@echo "== environment: $(ENV), about 1 GB on disk, a few minutes"
+	$(PYTHON) -m venv $(ENV)
+	$(PIP) --extra-index-url $(TORCH_INDEX) "$(TORCH)"
+	$(PIP) -e ".[dev]"
+	@touch $@
+
+demo: env
+	@echo "== export the bundled model (about a minute)"
+	rm -rf demo && mkdir demo
+	$(BIN)/volcast export $(BUNDLE) -o demo/artifact
+	@echo "== compare it with MONAI"
+	$(BIN)/volcast verify demo/artifact $(BUNDLE)
+	@echo "== four samples"
+	$(SAMPLE) -n 4 --condition anterior=0.2 --condition posterior=0.8 -o demo/sample.nii.gz --png demo/samples.png
+	@echo "== look at demo/samples.png, or at demo/sample_0.nii.gz in any NIfTI viewer"
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(ENV) demo build src/volcast.egg-info src/volcast/_core*.so
