@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "bind_arrays.hpp"
@@ -28,8 +29,9 @@ Timing run_as(const Plan& plan, py::array x, const py::function& callback, const
     // numpy owns the doubled batch too, so that a view the network keeps never dangles.
     py::array_t<T> twice(twice_shape);
     const py::array shown = read_only(x), shown_twice = read_only(twice);
-    const Batch<T> batch{count,        static_cast<std::size_t>(x.size()) / count, static_cast<T*>(x.mutable_data()),
-                         seeds.data(), samples.data(),                             doubled ? twice.mutable_data() : nullptr};
+    const auto numel = static_cast<std::size_t>(x.size()) / count;
+    const Batch<T> batch{count, numel, static_cast<T*>(x.mutable_data()), seeds.data(), samples.data(),
+                         doubled ? twice.mutable_data() : nullptr};
     py::object output;  // keeps the network's array alive until the next call
     const Network<T> network = [&](std::size_t step, const T*, Branch branch) {
         const py::gil_scoped_acquire acquire;
