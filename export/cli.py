@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from tqdm import tqdm
@@ -54,6 +54,58 @@ def export(
         print(
             f"{output}: {spec.name}, {precision.value} weights, step {step.nodes} nodes (was {step.nodes_before})"
         )
+
+
+def verify(
+    artifact: Annotated[
+        Path | None, typer.Argument(help="Folder of an artifact; left out: the bundled hippocampus model.")
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Argument(help="The bundle that it was exported from; left out: the bundled one.")
+    ] = None,
+    engine: Annotated[
+        Literal["auto", "openvino", "onnxruntime"], typer.Option(help="What runs the artifact.")
+    ] = "auto",
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; left out: the bundle's.")] = None,
+    seed: Annotated[int, typer.Option(help="Both samplers start from its noise.")] = 0,
+    condition: Annotated[
+        list[str], typer.Option("--condition", "-c", help="As in `volcast sample`; repeatable.")
+    ] = [],  # noqa: B006
+    guidance: Annotated[float | None, typer.Option(help="Weight of classifier-free guidance.")] = None,
+    config: Config = None,
+    weights: Weights = [],  # noqa: B006
+    settings: Settings = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Compare an artifact with MONAI running its bundle: each network and the whole volume. Exit 1 past a budget."""
+    from volcast.runtime.artifact import read_artifact
+    from volcast.runtime.condition_text import parse_conditions
+    from volcast.runtime.default_artifact import BUNDLE, default_artifact
+
+    folder = default_artifact() if artifact is None else artifact
+    given = parse_conditions(read_artifact(folder), condition)
+    from .verify import verify as compare
+
+    read = _read(BUNDLE if bundle is None else bundle, config, weights, settings)
+    with tqdm(desc="verify", unit="call", file=sys.stderr, dynamic_ncols=True, leave=False) as bar:
+
+        def on_step(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        found = compare(
+            folder,
+            read,
+            engine=engine,
+            steps=steps,
+            seed=seed,
+            condition=given,
+            guidance=guidance,
+            on_step=on_step,
+        )
+    print(json.dumps(found.as_dict()) if as_json else found.as_text())
+    if not found.passed:
+        raise typer.Exit(1)
 
 
 def _read(bundle: Path, config: Path | None, weights: list[str], settings: list[str]) -> Any:

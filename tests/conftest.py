@@ -177,3 +177,15 @@ def zoo_bundle(tmp_path: Path, generative_keys: Any) -> Any:
         return read_bundle(tmp_path / name, settings=narrow)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def default_artifact_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled hippocampus model, exported in float32 (a minute or two, once a session). Copy it before a change."""
+    from volcast.export.artifact import export_bundle
+    from volcast.export.bundle import read_bundle
+    from volcast.runtime.default_artifact import BUNDLE
+
+    folder = tmp_path_factory.mktemp("default") / "artifact"
+    export_bundle(read_bundle(BUNDLE), folder)
+    return folder
