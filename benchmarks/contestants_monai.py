@@ -8,11 +8,10 @@ from typing import Any, cast, final
 import numpy as np
 import torch
 from monai.inferers.inferer import DiffusionInferer, LatentDiffusionInferer
-from monai.networks.schedulers.ddim import DDIMScheduler
 from numpy.typing import NDArray
 
 from volcast.export.bundle import Bundle, read_bundle
-from volcast.runtime.spec import SchedulerSpec
+from volcast.export.monai_run import monai_scheduler
 
 from .contestant import Clock, Contestant, Part, Task
 
@@ -29,27 +28,10 @@ def read_matching(task: Task) -> Bundle:
     return bundle
 
 
-def make_scheduler(spec: SchedulerSpec, steps: int) -> DDIMScheduler:
-    """MONAI's DDIM scheduler for a network trained as `spec` says, its timesteps set."""
-    noise = spec.noise_schedule
-    own: dict[str, float] = {"beta_start": noise.beta_start, "beta_end": noise.beta_end}
-    if noise.schedule == "sigmoid_beta":
-        own["sig_range"] = noise.sig_range
-    elif noise.schedule == "cosine":
-        own = {"s": noise.s}
-    scheduler = DDIMScheduler(
-        num_train_timesteps=noise.num_train_timesteps,
-        schedule=noise.schedule,
-        clip_sample=spec.clip_sample,
-        set_alpha_to_one=spec.set_alpha_to_one,
-        steps_offset=spec.steps_offset,
-        prediction_type=spec.prediction_type,
-        clip_sample_min=spec.clip_sample_min,
-        clip_sample_max=spec.clip_sample_max,
-        **own,
-    )
-    scheduler.set_timesteps(steps)
-    return scheduler
+def ddim(bundle: Bundle, steps: int) -> Any:
+    """MONAI's DDIM scheduler for the bundle's network, whatever its own sampler is; its timesteps set."""
+    spec = bundle.scheduler.model_copy(update={"scheduler": "ddim"})
+    return monai_scheduler(spec, steps, bundle.latent_shape[1:])
 
 
 @final
@@ -64,7 +46,7 @@ class MonaiContestant(Contestant):
         bundle = read_matching(task)
         # Any: MONAI's annotations name fewer classes than its inferers take.
         self._unet, self._autoencoder = cast(Any, bundle.unet), cast(Any, bundle.autoencoder)
-        self._scheduler = make_scheduler(bundle.scheduler, task.steps)
+        self._scheduler = ddim(bundle, task.steps)
         self._scale_factor = bundle.scale_factor
         self._noise = torch.from_numpy(task.noise)
         context = task.conditions.get("context")

@@ -18,7 +18,7 @@ from volcast.export.networks import Decoder
 from volcast.runtime.atomic import atomic_folder
 
 from .contestant import Clock, Contestant, Task
-from .contestants_monai import make_scheduler, read_matching
+from .contestants_monai import ddim, read_matching
 from .plain_cache import OPSET
 
 
@@ -29,7 +29,7 @@ class OnnxRuntimeContestant(Contestant):
     def __init__(self, task: Task) -> None:
         torch.set_num_threads(task.threads)
         bundle = read_matching(task)
-        self._scheduler = make_scheduler(bundle.scheduler, task.steps)
+        self._scheduler = ddim(bundle, task.steps)
         self._scale_factor = bundle.scale_factor
         latent = bundle.autoencoder is not None
         del bundle

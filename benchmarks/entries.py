@@ -15,11 +15,11 @@ from volcast.runtime.artifact import read_artifact
 from volcast.runtime.conditions import resolve
 from volcast.runtime.default_artifact import BUNDLE, default_artifact
 from volcast.runtime.engine_auto import open_engine
+from volcast.runtime.noise import request_noise
 from volcast.runtime.sizes import latent_sizes
 from volcast.runtime.spec import ArtifactSpec
 
 from .contestant import Task
-from .free_engine import first_noise
 from .plain_cache import plain_folder
 from .race import REFERENCE
 from .worker import Entry
@@ -109,7 +109,7 @@ def prepare(selection: Selection, steps: int) -> Ready:
         steps=steps,
         threads=engines[0].threads,
         seed=SEED,
-        noise=first_noise(spec, SEED, conditions),
+        noise=request_noise(SEED, range(1), 0, spec.latent_shape),
         conditions=conditions,
         weights=weights,
     )
