@@ -59,6 +59,9 @@ def bench(
     )
     ready = prepare(selection, steps)
     where = environment(ready.task.threads)
+    if where["load"] > where["cores"] / 4:
+        # A second busy process made MONAI with two threads ten times slower, and OpenVINO twice.
+        typer.echo(f"volcast: the machine is busy (load {where['load']}): do not trust the figures", err=True)
     results = _race(ready, repeats, limit)
     line = report.record(
         results,

@@ -21,6 +21,9 @@ from volcast.runtime.memory import PeakMemory
 
 from .contestant import Clock, Contestant, Round, Task
 
+GRACE_S = 10
+"""How long a worker may take to end by itself, which lets torch.compile clean up."""
+
 
 class Failed(Exception):
     """The contestant cannot run here; the message is one line without paths."""
@@ -52,20 +55,31 @@ class Worker:
         self._pipe, there = context.Pipe()
         self._process = context.Process(target=_serve, args=(there, entry, task), daemon=False)
         self._process.start()
+        self.pid = self._process.pid or 0
+        self._stuck = False
         there.close()
 
     def __enter__(self) -> Worker:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
+        if kind is None and not self._stuck:
+            self._stop()
         if self._process.is_alive():
             try:
                 # The group: torch.compile's compilers are children of the worker.
-                os.killpg(self._process.pid or 0, signal.SIGKILL)
+                os.killpg(self.pid, signal.SIGKILL)
             except ProcessLookupError:
                 self._process.kill()
         self._process.join()
         self._pipe.close()
+
+    def _stop(self) -> None:
+        try:
+            self._pipe.send("stop")
+        except OSError:
+            return
+        self._process.join(GRACE_S)
 
     def open(self, limit_s: float) -> None:
         """Wait until it is loaded; torch.compile compiles at the first volume instead.
@@ -78,23 +92,30 @@ class Worker:
 
     def volume(self, limit_s: float | None = None) -> tuple[Round, NDArray[np.float32]]:
         """One volume `[C, D, H, W]` and what it cost; the errors of `open`."""
-        self._pipe.send("volume")
+        try:
+            self._pipe.send("volume")
+        except OSError as error:
+            raise self._ended() from error
         measured: tuple[Round, NDArray[np.float32]] = self._receive(limit_s)
         return measured
 
     def _receive(self, limit_s: float | None) -> Any:
         if not self._pipe.poll(limit_s):
+            self._stuck = True
             raise Failed(f"not done after {limit_s:g} s")
         try:
             kind, value = self._pipe.recv()
-        except EOFError as error:
-            self._process.join()
-            raise Failed(f"its process ended with code {self._process.exitcode}") from error
+        except (EOFError, OSError) as error:
+            raise self._ended() from error
         if kind == "input":
             raise ValueError(value)
         if kind == "failed":
             raise Failed(value)
         return value
+
+    def _ended(self) -> Failed:
+        self._process.join()
+        return Failed(f"its process ended with code {self._process.exitcode}")
 
 
 def one_line(error: BaseException) -> str:

@@ -4,6 +4,7 @@ import getpass
 import json
 import os
 import platform
+import signal
 import subprocess
 from pathlib import Path
 
@@ -13,9 +14,10 @@ import pytest
 from volcast.__main__ import app
 from volcast.benchmarks import bench, report
 from volcast.benchmarks.contestant import Clock, Contestant, Round, Task, relative_error
+from volcast.benchmarks.entries import Selection, prepare
 from volcast.benchmarks.loop import monai_loop, numpy_loop, step_cost, volcast_loop
 from volcast.benchmarks.race import REFERENCE, Result, race
-from volcast.benchmarks.worker import Entry, one_line
+from volcast.benchmarks.worker import Entry, Failed, Worker, one_line
 
 MODEL = {"name": "m", "precision": "fp32", "latent_shape": [2, 4, 6, 4]}
 SETTINGS = {"steps": 10, "repeats": 2}
@@ -197,6 +199,19 @@ def broken(tmp_path: Path, how: str) -> list[Result]:
 def test_a_peer_that_cannot_run_gets_a_reason(tmp_path: Path, monkeypatch, how: str, reason: str) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parent)
     assert [result.reason for result in broken(tmp_path, how)] == [reason]
+
+
+def test_a_worker_that_died_between_turns_gets_a_reason(gaussian: Path) -> None:
+    ready = prepare(
+        Selection(artifact=gaussian, bundle=None, peers=(), engines=("onnxruntime",), threads=1), 2
+    )
+    with Worker(ready.entries[0], ready.task) as worker:
+        worker.open(60)
+        round_taken, volume = worker.volume(60)
+        assert volume.shape == (1, 8, 12, 8) and round_taken.total_s > round_taken.network_s > 0
+        os.kill(worker.pid, signal.SIGKILL)
+        with pytest.raises(Failed, match="its process ended with code -9"):
+            worker.volume(60)
 
 
 def test_bad_input_to_a_peer_is_bad_input(tmp_path: Path, monkeypatch) -> None:
