@@ -46,9 +46,13 @@ def ms_ssim(found: Array, wanted: Array) -> float:
     MONAI's own kernel of 11 and five scales need 176 voxels an axis. Here the Gaussian (sigma 1.5) is 7 wide, which
     holds 98 % of it an axis, or as wide as the volume; scales are as many of the five as the smallest axis allows
     (`scales`), with the paper's exponents of those scales, scaled to sum to one. 32 x 48 x 32 gets three.
+
+    Raises ValueError for an axis of one voxel, which MONAI's metric cannot halve.
     """
     if found.shape != wanted.shape:
         return math.nan
+    if min(wanted.shape[2:]) < 2:
+        raise ValueError(f"[ms_ssim] got {wanted.shape}: need 2 voxels an axis or more; compare by psnr")
     kernel, count = scales(min(wanted.shape[2:]))
     weights = [weight / sum(_WEIGHTS[:count]) for weight in _WEIGHTS[:count]]
     metric: Any = MultiScaleSSIMMetric(

@@ -5,6 +5,7 @@ import pytest
 from scipy import stats
 
 from volcast import _core
+from volcast.runtime.noise import request_noise
 
 MAX32 = 0xFFFFFFFF
 F64 = np.dtype("float64")
@@ -100,3 +101,10 @@ def test_streams_are_independent(other):
 def test_guards(arguments, message):
     with pytest.raises(ValueError, match=message):
         _core.normal(*arguments)
+
+
+def test_the_noise_of_a_request():
+    found = request_noise(7, range(3, 5), 2, (2, 3, 4))
+    assert found.dtype == np.float32
+    for sample, noise in zip((3, 4), found, strict=True):
+        assert np.array_equal(noise, _core.normal(ids(7), ids(sample), 2, [2, 3, 4], np.dtype("f4"))[0])
