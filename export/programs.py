@@ -89,40 +89,38 @@ def capture_denoiser(
 ) -> dict[str, CapturedProgram]:
     """`schedule`, `prepare` (if anything depends on the conditions alone) and `step`."""
     spatial = {f"d{i}": size for i, size in enumerate(latent_shape[1:])}
-    examples = {"x": torch.zeros(2, *latent_shape), "timesteps": torch.zeros(2)}
+    captured_at = dict(zip(spatial, _capture_sizes(len(spatial), multiple), strict=True))
     free: dict[str, dict[int, str]] = {
         "x": {0: "batch", **{2 + i: name for i, name in enumerate(spatial)}},
         "timesteps": {0: "batch"},
     }
     for condition in conditions:
-        shape = [spatial[size] if isinstance(size, str) else size for size in condition.shape]
-        examples[condition.name] = torch.zeros(2, *shape, dtype=getattr(torch, condition.dtype))
-        free[condition.name] = {0: "batch"} | {
-            1 + axis: size for axis, size in enumerate(condition.shape) if isinstance(size, str)
-        }
-    names = [condition.name for condition in conditions]
-    network = Denoiser(plain_modules(unet), names)
-    original = capture(network, examples, free, {name: multiple for name in spatial})
+        named = {1 + axis: size for axis, size in enumerate(condition.shape) if isinstance(size, str)}
+        free[condition.name] = {0: "batch"} | named
+
+    def examples(batch: int, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+        given = {"x": torch.zeros(batch, latent_shape[0], *sizes.values()), "timesteps": torch.zeros(batch)}
+        for condition in conditions:
+            shape = [sizes[size] if isinstance(size, str) else size for size in condition.shape]
+            given[condition.name] = torch.zeros(batch, *shape, dtype=getattr(torch, condition.dtype))
+        return given
+
+    network = Denoiser(plain_modules(unet), [condition.name for condition in conditions])
+    original = capture(network, examples(2, captured_at), free, {name: multiple for name in spatial})
     cut = hoist(phase_conv(single_token_attention(original)))
     axes = _axes(original, free)
-    (x_symbol,) = {symbol(shape_of(inputs(original)["x"])[0])}
-    one = {name: value[:1] for name, value in examples.items()}
-    rows, *_ = cut.schedule(torch.zeros(1))
-    constants = cut.prepare(*(one[name] for name in inputs(cut.prepare))) if cut.prepare is not None else ()
-    prepared = ["constants", *[f"constant_{i}" for i in range(len(constants))]]
-    if constants and not any(name == "constants" for name in inputs(cut.step)):
-        prepared = prepared[1:]
-    prepared = prepared[: len(constants)]
-    crossing = {"row": rows, **dict(zip(prepared, constants, strict=True)), **one}
-    result = {
-        "schedule": _program(cut.schedule, {**axes, x_symbol: "steps"}, ["rows"], [torch.zeros(1)]),
-        "step": _program(
-            cut.step, axes, ["out"], [crossing[name] for name in inputs(cut.step)], original, one
-        ),
-    }
+    batch = symbol(shape_of(inputs(original)["x"])[0])
+    known = examples(1, spatial)
+    original_flops = count_flops(original, list(known.values()))
+    (known["row"],) = cut.schedule(known["timesteps"])
+    result = {"schedule": _program(cut.schedule, {**axes, batch: "steps"}, ["rows"], known)}
     if cut.prepare is not None:
-        given = [one[name] for name in inputs(cut.prepare)]
-        result["prepare"] = _program(cut.prepare, axes, prepared, given)
+        constants = cut.prepare(*(known[name] for name in inputs(cut.prepare)))
+        names = [name for name in inputs(cut.step) if name.startswith("constant")]
+        result["prepare"] = _program(cut.prepare, axes, names, known)
+        known |= dict(zip(names, constants, strict=True))
+    before = (count_nodes(original), original_flops)
+    result["step"] = _program(cut.step, axes, ["out"], known, before)
     return result
 
 
@@ -130,54 +128,55 @@ def capture_decoder(
     autoencoder: nn.Module, latent_shape: Sequence[int]
 ) -> tuple[CapturedProgram, tuple[int, ...]]:
     """`decode`, and by how much it enlarges each spatial size."""
-    spatial = tuple(latent_shape[1:])
-    examples = {"z": torch.zeros(2, *latent_shape)}
-    free = {"z": {0: "batch", **{2 + i: f"d{i}" for i in range(len(spatial))}}}
-    original = capture(Decoder(plain_modules(autoencoder)), examples, free, {})
+    sizes = _capture_sizes(len(latent_shape) - 1, 2)
+    free = {"z": {0: "batch", **{2 + i: f"d{i}" for i in range(len(sizes))}}}
+    network = Decoder(plain_modules(autoencoder))
+    original = capture(network, {"z": torch.zeros(2, latent_shape[0], *sizes)}, free, {})
     (image,) = outputs(original)
-    sizes = tuple(hint(size) for size in shape_of(image)[2:])
-    scale = tuple(size // small for size, small in zip(sizes, spatial, strict=True))
+    scale = tuple(hint(large) // small for large, small in zip(shape_of(image)[2:], sizes, strict=True))
     axes = _axes(original, free) | _output_axes(original, "o")
-    one = {"z": examples["z"][:1]}
-    return _program(phase_conv(original), axes, ["image"], list(one.values()), original, one), scale
+    known = {"z": torch.zeros(1, *latent_shape)}
+    before = (count_nodes(original), count_flops(original, list(known.values())))
+    return _program(phase_conv(original), axes, ["image"], known, before), scale
 
 
 def capture_encoder(autoencoder: nn.Module, spatial: Sequence[int], scale: Sequence[int]) -> CapturedProgram:
     """`encode`: mean and standard deviation of the latent."""
-    sizes = [size * s for size, s in zip(spatial, scale, strict=True)]
-    channels = getattr(autoencoder, "in_channels", None) or _first_channels(autoencoder)
-    examples = {"image": torch.zeros(2, channels, *sizes)}
+    channels = _first_channels(autoencoder)
+    sizes = [s * block for s, block in zip(scale, _capture_sizes(len(scale), 1), strict=True)]
     free = {"image": {0: "batch", **{2 + i: f"o{i}" for i in range(len(sizes))}}}
+    multiples = {f"o{i}": s for i, s in enumerate(scale)}
     original = capture(
-        Encoder(plain_modules(autoencoder)), examples, free, {f"o{i}": s for i, s in enumerate(scale)}
+        Encoder(plain_modules(autoencoder)), {"image": torch.zeros(2, channels, *sizes)}, free, multiples
     )
     axes = _axes(original, free) | _output_axes(original, "d")
-    one = {"image": examples["image"][:1]}
-    return _program(original, axes, ["z_mu", "z_sigma"], list(one.values()), original, one)
+    known = {"image": torch.zeros(1, channels, *(size * s for size, s in zip(spatial, scale, strict=True)))}
+    return _program(original, axes, ["z_mu", "z_sigma"], known)
+
+
+def _capture_sizes(dims: int, multiple: int) -> list[int]:
+    """Sizes for a capture: none equal to another or to one block, which torch would take for fixed."""
+    return [multiple * (2 + axis) for axis in range(dims)]
 
 
 def _program(
     graph: GraphModule,
     axes: Mapping[str, str],
     output_names: Sequence[str],
-    examples: Sequence[Tensor],
-    original: GraphModule | None = None,
-    original_examples: Mapping[str, Tensor] | None = None,
+    known: Mapping[str, Tensor],
+    before: tuple[int, int] | None = None,
 ) -> CapturedProgram:
-    """`original` is the network as MONAI wrote it, for the counts; None where the program is only a part of it."""
+    """`before` are the nodes and FLOPs as MONAI wrote the network; None where no pass ran or none applies."""
     described = tensor_specs(graph, axes, output_names)
-    nodes, flops = count_nodes(graph), count_flops(graph, examples)
-    before = (nodes, flops)
-    if original is not None and original_examples is not None:
-        before = count_nodes(original), count_flops(original, original_examples.values())
+    counts = count_nodes(graph), count_flops(graph, [known[name] for name in inputs(graph)])
     return CapturedProgram(
         graph=graph,
         inputs=described[0],
         outputs=described[1],
-        nodes=nodes,
-        nodes_before=before[0],
-        flops=flops,
-        flops_before=before[1],
+        nodes=counts[0],
+        nodes_before=(before or counts)[0],
+        flops=counts[1],
+        flops_before=(before or counts)[1],
     )
 
 
@@ -201,7 +200,9 @@ def _output_axes(graph: GraphModule, prefix: str) -> dict[str, str]:
 
 
 def _levels(unet: nn.Module) -> int:
-    return len(unet.down_blocks)  # type: ignore[arg-type]
+    blocks = unet.down_blocks
+    assert isinstance(blocks, nn.ModuleList)
+    return len(blocks)
 
 
 def _first_channels(autoencoder: nn.Module) -> int:

@@ -38,9 +38,9 @@ openvino = _import_openvino()
 class OpenVinoProgram(Program):
     """One compiled model and the one infer request that it reuses; outputs are copied out of it."""
 
-    def __init__(self, compiled: Any) -> None:
+    def __init__(self, compiled: Any, outputs: list[str]) -> None:
         self._request = compiled.create_infer_request()
-        self._outputs = [output.any_name for output in compiled.outputs]
+        self._outputs = outputs
 
     def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.generic]]:
         result = self._request.infer(dict(inputs), share_inputs=True, share_outputs=False)
@@ -76,4 +76,9 @@ class OpenVinoEngine(Engine):
             compiled = self._core.compile_model(model, "CPU", self._settings)
         except RuntimeError as error:
             raise unreadable(path, self.name, error) from error
-        return OpenVinoProgram(compiled)
+        # OpenVINO merges tensors and keeps all their names, in no order.
+        known = [output.get_names() for output in compiled.outputs]
+        named = [next((t.name for t in program.outputs if t.name in names), "") for names in known]
+        if "" in named or len(set(named)) != len(named):
+            raise unreadable(path, self.name, ValueError(f"its outputs are named {known}"))
+        return OpenVinoProgram(compiled, named)

@@ -156,7 +156,9 @@ class ConditionSpec(Frozen):
         for size in sizes:
             count *= size
         if self.fields and (len(sizes) != len(self.shape) or count != len(self.fields)):
-            raise ValueError(f"condition {self.name}: {len(self.fields)} fields do not fill shape {self.shape}")
+            raise ValueError(
+                f"condition {self.name}: {len(self.fields)} fields do not fill shape {self.shape}"
+            )
         names = [field.name for field in self.fields]
         if len(set(names)) != len(names):
             raise ValueError(f"condition {self.name}: field names repeat: {names}")
@@ -178,7 +180,9 @@ class ArtifactSpec(Frozen):
     scheduler: SchedulerSpec
     scale_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     latent_shape: Annotated[tuple[PositiveInt, ...], Field(min_length=3, max_length=4)]
-    spacing_mm: Annotated[tuple[Annotated[float, Field(gt=0, le=1000)], ...], Field(min_length=2, max_length=3)]
+    spacing_mm: Annotated[
+        tuple[Annotated[float, Field(gt=0, le=1000)], ...], Field(min_length=2, max_length=3)
+    ]
     conditions: tuple[ConditionSpec, ...] = ()
     provenance: dict[str, str] = {}
     files: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]

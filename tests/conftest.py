@@ -16,6 +16,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With pytest-xdist: one worker runs all tests of the default artifact, which is exported once."""
+    for item in items:
+        if "default_artifact_folder" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("default artifact"))
+
+
 STEPS, CHANNELS, VARIANCE = 1000, 2, 0.25
 
 
