@@ -24,6 +24,18 @@ IDENTITIES = {
 }
 """Operators that give back their first argument when a trained network runs."""
 
+CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default}
+
+VIEWS = {
+    f"aten.{name}"
+    for name in (
+        "view.default", "reshape.default", "permute.default", "transpose.int", "slice.Tensor", "select.int",
+        "expand.default", "unsqueeze.default", "squeeze.dim", "split.Tensor", "split_with_sizes.default",
+        "chunk.default", "flatten.using_ints",
+    )
+}  # fmt: skip
+"""Operators whose result may share memory with their argument."""
+
 CHECKS = {
     aten._assert_tensor_metadata.default,
     aten._assert_scalar.default,
@@ -74,7 +86,7 @@ def capture(
         captured = program.module(check_guards=False)
     assert isinstance(captured, GraphModule)
     captured.graph.set_codegen(torch.fx.graph.CodeGen())
-    return fold_constants(_rename(_simplify(captured), tuple(examples)))
+    return fold_constants(_rename(_simplify(_without_mutation(captured)), tuple(examples)))
 
 
 def _is_identity(node: Node) -> bool:
@@ -88,11 +100,33 @@ def _is_identity(node: Node) -> bool:
         end = argument(node, 3)
         whole = argument(node, 2) in (0, None) and (end is None or (isinstance(end, int) and end >= 2**62))
         return whole and argument(node, 4, 1) == 1
-    if node.target in (aten.to.dtype, aten._to_copy.default):
+    if node.target in CASTS:
         return bool(before.dtype == after.dtype)
     if node.target in (aten.expand.default, aten.reshape.default, aten.view.default):
         return [symbol(s) for s in before.shape] == [symbol(s) for s in after.shape]
     return False
+
+
+def _without_mutation(graph_module: GraphModule) -> GraphModule:
+    """`a.add_(b)` becomes `a.add(b)` for every later reader of a (MAISI adds its class embedding in place).
+
+    A clone is still an operator here, so what is written to has one name, unless a view of it is read as well: then
+    ValueError.
+    """
+    order = {node: place for place, node in enumerate(graph_module.graph.nodes)}
+    for node in list(graph_module.graph.nodes):
+        name, _, overload = str(node.target).removeprefix("aten.").partition(".")
+        if not str(node.target).startswith("aten.") or not name.endswith("_") or name.endswith("__"):
+            continue
+        written: Node = argument(node, 0)
+        views = [user for user in written.users if str(user.target) in VIEWS]
+        if written.op != "call_function" or str(written.target) in VIEWS or views:
+            raise ValueError(f"[capture] {node.target} writes into {written.target}, which others read")
+        node.target = getattr(getattr(aten, name[:-1]), overload)
+        later = [user for user in written.users if user is not node and order[user] > order[node]]
+        for user in later:
+            user.replace_input_with(written, node)
+    return finish(graph_module)
 
 
 def _simplify(graph_module: GraphModule) -> GraphModule:

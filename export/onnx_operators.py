@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch.fx import Node
 
+from .capture import CASTS
 from .graph import argument, aten, is_parameter, parameter, shape_of
 from .onnx_writer import OnnxWriter, onnx_dtype, reshape_sizes
 
@@ -267,6 +268,5 @@ OPERATORS: dict[Any, Operator] = {
     aten.pad.default: _pad,
     aten.constant_pad_nd.default: _pad,
     aten.embedding.default: _embedding,
-    aten.to.dtype: _cast,
-    aten._to_copy.default: _cast,
+    **dict.fromkeys(CASTS, _cast),
 }

@@ -34,6 +34,8 @@ def parse_manifest(text: bytes) -> ArtifactSpec:
         data = json.loads(text, object_pairs_hook=_object_without_repeats, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"[artifact] {MANIFEST} is not valid JSON ({_short(error)}); {_REMEDY}") from error
+    if not _is_text(data):
+        raise ValueError(f"[artifact] {MANIFEST} holds half a surrogate pair, which is no text; {_REMEDY}")
     version = data.get("format") if isinstance(data, dict) else None
     if isinstance(version, int) and version > FORMAT:
         raise ValueError(
@@ -89,6 +91,15 @@ def digests(folder: str | os.PathLike[str]) -> dict[str, str]:
     folder = Path(folder)
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return {name: sha256(folder / name) for name in sorted(names) if name != MANIFEST}
+
+
+def _is_text(data: object) -> bool:
+    """JSON may escape what UTF-8 cannot hold."""
+    try:
+        json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _inside(root: Path, path: Path) -> None:

@@ -8,6 +8,7 @@ m, `step` multiplies, `decode` averages the channels and doubles each axis.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With pytest-xdist: one worker runs all tests of the default artifact, which is exported once."""
     for item in items:
-        if "default_artifact_folder" in getattr(item, "fixturenames", ()):
+        if "default_cache" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("default artifact"))
 
 
@@ -188,12 +189,19 @@ def zoo_bundle(tmp_path: Path, generative_keys: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
-def default_artifact_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled hippocampus model, exported in float32 (a minute or two, once a session). Copy it before a change."""
-    from volcast.export.artifact import export_bundle
-    from volcast.export.bundle import read_bundle
-    from volcast.runtime.default_artifact import BUNDLE
+def default_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder (XDG_CACHE_HOME) into which volcast itself has exported the bundled model, once a session."""
+    from volcast.runtime.default_artifact import default_artifact
 
-    folder = tmp_path_factory.mktemp("default") / "artifact"
-    export_bundle(read_bundle(BUNDLE), folder)
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        default_artifact()
+    yield folder
+
+
+@pytest.fixture(scope="session")
+def default_artifact_folder(default_cache: Path) -> Path:
+    """The bundled hippocampus model, exported in float32. Copy it before a change."""
+    (folder,) = (default_cache / "volcast").iterdir()
     return folder

@@ -47,6 +47,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
     "four context tokens": (CROSS, {"context": (4, 5)}),
     "2D, four context tokens": ({**CROSS, "spatial_dims": 2}, {"context": (4, 5)}),
     "class labels": ({"num_class_embeds": 4}, {"class_labels": ()}),
+    "MAISI, class labels, added in place": ({**MAISI, "num_class_embeds": 4}, {"class_labels": (), "spacing_tensor": (3,), "top_region_index_tensor": (4,)}),
     "concatenated image": ({"in_channels": 5}, {"concat": (2, 4, 8, 4)}),
     "MAISI": (MAISI, {"top_region_index_tensor": (4,), "spacing_tensor": (3,)}),
 }  # fmt: skip
@@ -157,6 +158,18 @@ def test_a_network_that_cannot_be_captured_is_named() -> None:
 
     with pytest.raises(ValueError, match=r"\[capture\] Branches: torch.export failed"):
         capture(Branches(), {"x": draw((2, 3))}, {}, {})
+
+
+def test_writing_into_what_others_read_is_refused() -> None:
+    class Writes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 2
+            row = y[0]
+            y += 1
+            return row + y
+
+    with pytest.raises(ValueError, match=r"\[capture\] aten.add_.Tensor writes into aten.mul.Tensor"):
+        capture(Writes(), {"x": draw((2, 3))}, {}, {})
 
 
 def autoencoder(variant: str) -> tuple[nn.Module, int]:
