@@ -10,16 +10,21 @@ BUNDLE := src/volcast/models/hippocampus
 SAMPLE := $(BIN)/volcast sample demo/artifact --steps 50 --guidance 2 --seed 1
 
 .PHONY: env demo test lint clean
-env: $(ENV)/ready
+env: $(ENV)/dev
 
 $(ENV)/ready: setup.py pyproject.toml $(wildcard csrc/*)
 	@echo "== environment: $(ENV), about 1 GB on disk, a few minutes"
 	$(PYTHON) -m venv $(ENV)
 	$(PIP) --extra-index-url $(TORCH_INDEX) "$(TORCH)"
+	$(PIP) -e ".[bench]"
+	@touch $@
+
+$(ENV)/dev: $(ENV)/ready
+	@echo "== what the tests need"
 	$(PIP) -e ".[dev]"
 	@touch $@
 
-demo: env
+demo: $(ENV)/ready
 	@echo "== export the bundled model (about a minute)"
 	rm -rf demo && mkdir demo
 	$(BIN)/volcast export $(BUNDLE) -o demo/artifact

@@ -16,6 +16,7 @@ setup(
         Pybind11Extension(
             "volcast._core",
             sources,
+            depends=sorted(str(path) for path in Path("csrc").glob("*.hpp")),
             cxx_std=17,
             # -ffp-contract=off: a fused multiply-add would make the bits depend on the machine.
             extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra"],

@@ -181,6 +181,17 @@ def test_ctrl_c_is_130_and_leaves_nothing(gaussian: Path, tmp_path: Path) -> Non
         assert nibabel.load(tmp_path / name).get_fdata().shape == (8, 12, 8)
 
 
+@pytest.mark.parametrize("command", ["export", "verify"])
+def test_a_missing_package_is_named_with_its_extra(gaussian: Path, tmp_path: Path, command: str) -> None:
+    places = [tmp_path, "-o", tmp_path / "out"] if command == "export" else [gaussian, tmp_path]
+    code = "import sys; sys.modules['torch'] = None; from volcast.__main__ import app; sys.exit(app(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, command, *map(str, places)], capture_output=True, text=True, check=False
+    )
+    wanted = "volcast: this command needs torch: pip install 'volcast[export]'\n"
+    assert (done.returncode, done.stderr) == (2, wanted)
+
+
 def test_no_room_for_the_volume(gaussian: Path, tmp_path: Path) -> None:
     # RLIMIT_FSIZE stands for a full disk; 3.4 kB would be needed.
     limit = "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"

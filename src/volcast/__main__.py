@@ -47,6 +47,10 @@ def _options(
     """Cast volumes from trained MONAI generative models."""
 
 
+def _command(arguments: Sequence[str] | None) -> str:
+    return next((word for word in (sys.argv[1:] if arguments is None else arguments) if word in COMMANDS), "")
+
+
 def app(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -62,6 +66,12 @@ def app(arguments: Sequence[str] | None = None) -> int:
         return int(exit.code or 0)
     except KeyboardInterrupt:
         return 130
+    except ModuleNotFoundError as error:
+        extra = {"export": "export", "verify": "export", "bench": "bench"}.get(_command(arguments))
+        if extra is None:
+            raise
+        print(f"volcast: this command needs {error.name}: pip install 'volcast[{extra}]'", file=sys.stderr)
+        return 2
     except (ValueError, OSError, MemoryError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         print(f"volcast: {reason}", file=sys.stderr)
