@@ -151,6 +151,17 @@ def test_hoist_wants_its_inputs_by_name() -> None:
         hoist(graph)
 
 
+def test_what_has_no_batch_cannot_cross() -> None:
+    class Mean(nn.Module):
+        def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+            return x * torch.mean(timesteps)
+
+    free = {"x": {0: "batch"}, "timesteps": {0: "batch"}}
+    graph = capture(Mean(), {"x": draw((2, 3)), "timesteps": draw((2,))}, free, {})
+    with pytest.raises(ValueError, match=r"\[hoist\] mean \[\] does not begin with the batch of x"):
+        hoist(graph)
+
+
 def test_a_network_that_cannot_be_captured_is_named() -> None:
     class Branches(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

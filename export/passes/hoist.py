@@ -39,7 +39,8 @@ class Cut:
 def hoist(graph_module: GraphModule) -> Cut:
     """Cut a graph whose inputs are `x`, `timesteps` and any conditions; its one output is the network's.
 
-    Raises ValueError where an input is missing or the output does not depend on x.
+    Raises ValueError where an input is missing, the output does not depend on x, or a tensor that would cross has no
+    batch axis in front (its rows could not follow the samples).
     """
     names = inputs(graph_module)
     for name in (SAMPLE, TIME):
@@ -57,6 +58,12 @@ def hoist(graph_module: GraphModule) -> Cut:
             crossing[rates[node]].append(node)
     if any(rates.get(user) == "step" for user in names[TIME].users):
         crossing["schedule"].append(names[TIME])
+    batch = symbol(shape_of(names[SAMPLE])[0])
+    for node in (*crossing["schedule"], *crossing["prepare"]):
+        if not shape_of(node) or symbol(shape_of(node)[0]) != batch:
+            raise ValueError(
+                f"[hoist] {node.name} {list(shape_of(node))} does not begin with the batch of x, {batch}"
+            )
     schedule = _extract(graph_module, (TIME,), crossing["schedule"], "rows")
     used = [name for name in names if name in conditions]
     prepare = _extract(graph_module, used, crossing["prepare"], "constants") if crossing["prepare"] else None

@@ -59,7 +59,8 @@ def _value_of(product: Node, scores: Node) -> Node | None:
 def _keep_one_row(graph: Graph, product: Node, value: Node) -> None:
     """Replace `product`, and what only rearranges or projects its rows, by one row; nothing if a reader forbids it."""
     chain = _row_chain(product)
-    if chain is None:
+    same_heads = [symbol(s) for s in shape_of(value)[:-2]] == [symbol(s) for s in shape_of(product)[:-2]]
+    if chain is None or not same_heads:
         return
     row = value
     for node, arguments in chain:
