@@ -84,7 +84,7 @@ def _race(ready: Any, repeats: int, limit_s: float) -> list[Any]:
     from .race import race, stages
 
     total = stages(ready.entries, ready.exports, repeats)
-    with tqdm(total=total, desc="bench", unit="turn", file=sys.stderr, dynamic_ncols=True) as bar:
+    with tqdm(total=total, desc="bench", unit="turn", file=sys.stderr, disable=None) as bar:
 
         def progress(stage: str) -> None:
             bar.set_postfix_str(stage)

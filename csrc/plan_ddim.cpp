@@ -23,7 +23,10 @@ std::vector<Transition> transitions(const Schedule& schedule, const Steps& steps
         const std::int64_t next = i + 1 < grid.size() ? grid[i + 1] : -1;
         if (steps.monai && reverse) {
             // reversed_step adds the stride to the timestep shown: the noisiest one has nowhere to go.
-            if (i > 0) result.push_back({t, t, t + stride});
+            if (i == 0) continue;
+            check(t + stride < train, "ddim", "steps_offset=", steps.steps_offset, ": MONAI's reversed_step from t=", t,
+                  " leaves its table of ", train, "; use a smaller offset");
+            result.push_back({t, t, t + stride});
         } else if (steps.monai) {
             result.push_back({t, t, t - stride});
         } else if (reverse) {

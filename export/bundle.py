@@ -120,9 +120,11 @@ def _latent_shape(plan: BundlePlan) -> tuple[int, ...]:
         shape = list(plan.noises[0][1:])
     else:
         raise ValueError(f"[bundle] latent_shape: the config has neither it nor one noise shape; {remedy}")
-    good = isinstance(shape, list | tuple) and all(type(size) is int and 0 < size <= 2**20 for size in shape)
-    if not good or len(shape) != dims + 1:
-        raise ValueError(f"[bundle] latent_shape={shown(shape)}: need (C, then {dims} sizes); {remedy}")
+    good = isinstance(shape, list | tuple) and all(type(size) is int and 0 < size <= 4096 for size in shape)
+    if not good or len(shape) != dims + 1 or math.prod(shape) > 2**31:
+        raise ValueError(
+            f"[bundle] latent_shape={shown(shape)}: need (C, then {dims} sizes), each 1..4096, 2^31 together; {remedy}"
+        )
     levels = len(arguments.get("channels") or arguments["num_channels"])
     if any(size % 2 ** (levels - 1) for size in shape[1:]):
         raise ValueError(

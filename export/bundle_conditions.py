@@ -40,7 +40,8 @@ def network_conditions(
             )
         found.append(ConditionSpec(name="context", shape=(tokens, arguments["cross_attention_dim"])))
     if arguments["num_class_embeds"]:
-        found.append(ConditionSpec(name="class_labels", dtype="int64", shape=()))
+        last = arguments["num_class_embeds"] - 1
+        found.append(ConditionSpec(name="class_labels", dtype="int64", shape=(), minimum=0, maximum=last))
     for option, (name, size) in _MAISI_INPUTS.items():
         if arguments.get(option):
             found.append(ConditionSpec(name=name, shape=(size,)))

@@ -26,15 +26,12 @@ IDENTITIES = {
 
 CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default}
 
-VIEWS = {
-    f"aten.{name}"
-    for name in (
-        "view.default", "reshape.default", "permute.default", "transpose.int", "slice.Tensor", "select.int",
-        "expand.default", "unsqueeze.default", "squeeze.dim", "split.Tensor", "split_with_sizes.default",
-        "chunk.default", "flatten.using_ints",
-    )
+FRESH = {
+    "linear", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d", "group_norm", "layer_norm", "silu",
+    "gelu", "relu", "leaky_relu", "sigmoid", "exp", "sin", "cos", "add", "sub", "mul", "div", "matmul", "bmm", "einsum",
+    "softmax", "scaled_dot_product_attention", "cat", "embedding", "clone",
 }  # fmt: skip
-"""Operators whose result may share memory with their argument."""
+"""Operators whose result shares no memory with what they read."""
 
 CHECKS = {
     aten._assert_tensor_metadata.default,
@@ -110,8 +107,7 @@ def _is_identity(node: Node) -> bool:
 def _without_mutation(graph_module: GraphModule) -> GraphModule:
     """`a.add_(b)` becomes `a.add(b)` for every later reader of a (MAISI adds its class embedding in place).
 
-    A clone is still an operator here, so what is written to has one name, unless a view of it is read as well: then
-    ValueError.
+    Allowed only where what is written to, and what read it before, are known to own their memory; else ValueError.
     """
     order = {node: place for place, node in enumerate(graph_module.graph.nodes)}
     for node in list(graph_module.graph.nodes):
@@ -119,8 +115,10 @@ def _without_mutation(graph_module: GraphModule) -> GraphModule:
         if not str(node.target).startswith("aten.") or not name.endswith("_") or name.endswith("__"):
             continue
         written: Node = argument(node, 0)
-        views = [user for user in written.users if str(user.target) in VIEWS]
-        if written.op != "call_function" or str(written.target) in VIEWS or views:
+        earlier = [user for user in written.users if order[user] < order[node]]
+        if not all(
+            str(one.target).removeprefix("aten.").split(".")[0] in FRESH for one in (written, *earlier)
+        ):
             raise ValueError(f"[capture] {node.target} writes into {written.target}, which others read")
         node.target = getattr(getattr(aten, name[:-1]), overload)
         later = [user for user in written.users if user is not node and order[user] > order[node]]

@@ -37,12 +37,12 @@ def export(
     from .artifact import export_bundle
 
     read = _read(bundle, config, weights, settings)
-    stages = 8 if read.autoencoder is not None else 6
-    with tqdm(total=stages, desc="export", unit="stage", file=sys.stderr, dynamic_ncols=True) as bar:
+    stages = ["capture", "schedule", "prepare", "step", "decode", "encode", "manifest"]
+    with tqdm(total=len(stages), desc="export", unit="stage", file=sys.stderr, disable=None) as bar:
 
         def progress(stage: str) -> None:
             bar.set_postfix_str(stage)
-            bar.update()
+            bar.update(stages.index(stage) - bar.n)
 
         spec = export_bundle(
             read, output, precision=precision, batch=(smallest, largest), replace=force, progress=progress
@@ -87,7 +87,7 @@ def verify(
     from .verify import verify as compare
 
     read = _read(BUNDLE if bundle is None else bundle, config, weights, settings)
-    with tqdm(desc="verify", unit="call", file=sys.stderr, dynamic_ncols=True, leave=False) as bar:
+    with tqdm(desc="verify", unit="call", file=sys.stderr, disable=None, leave=False) as bar:
 
         def on_step(done: int, total: int) -> None:
             bar.total = total

@@ -11,7 +11,7 @@ import numpy as np
 from torch.fx import Node
 
 from .capture import CASTS
-from .graph import argument, aten, is_parameter, parameter, shape_of
+from .graph import argument, aten, is_free, is_parameter, parameter, shape_of
 from .onnx_writer import OnnxWriter, onnx_dtype, reshape_sizes
 
 Operator = Callable[[OnnxWriter, Node], Any]
@@ -139,6 +139,8 @@ def _concatenate(w: OnnxWriter, n: Node) -> Any:
 def _split(w: OnnxWriter, n: Node) -> Any:
     """split, split_with_sizes and chunk: the captured parts say how wide each is."""
     axis = argument(n, 2, 0)
+    if is_free(n.meta["val"][0].shape[axis]):
+        raise ValueError(f"[to_onnx] {n.target} along a free size has no ONNX form here")
     widths = [int(part.shape[axis]) for part in n.meta["val"]]
     parts = w.emit("Split", w.tensor(argument(n, 0)), w.constant(widths), count=len(widths), axis=axis)
     return parts if len(widths) > 1 else [parts]
@@ -152,14 +154,16 @@ def _slice(w: OnnxWriter, n: Node) -> Any:
 
 def _resize(mode: str) -> Operator:
     def write(w: OnnxWriter, n: Node) -> Any:
-        scale = argument(n, 3 if mode == "linear" else 2)
+        scale, sizes = argument(n, 3 if mode == "linear" else 2), argument(n, 1)
         aligned = mode == "linear" and argument(n, 2, False)
-        if argument(n, 1) is not None or scale is None:
-            raise ValueError(f"[to_onnx] {n.target} to a given size has no ONNX form here: only by a factor")
         where = "align_corners" if aligned else "asymmetric" if mode == "nearest" else "half_pixel"
-        factors = w.constant([1.0, 1.0, *scale], np.float32)
+        x = w.tensor(argument(n, 0))
+        if sizes is None:
+            target: tuple[Any, ...] = (w.constant([1.0, 1.0, *scale], np.float32), None)
+        else:
+            target = (None, w.emit("Concat", w.emit("Shape", x, end=2), w.sizes(sizes), axis=0))
         rounding = "floor" if mode == "nearest" else None
-        return w.emit("Resize", w.tensor(argument(n, 0)), None, factors, mode=mode, nearest_mode=rounding,
+        return w.emit("Resize", x, None, *target, mode=mode, nearest_mode=rounding,
                       coordinate_transformation_mode=where)  # fmt: skip
 
     return write

@@ -45,7 +45,7 @@ class OnnxWriter:
         given = {key: value for key, value in attributes.items() if value is not None}
         node = onnx_ir.node(kind, list(inputs), given, num_outputs=count)
         for index, value in enumerate(node.outputs):
-            value.name = f"{kind.lower()}_{len(self.nodes)}" + (f"_{index}" if count > 1 else "")
+            value.name = f"{kind.lower()}.{len(self.nodes)}" + (f"_{index}" if count > 1 else "")
         self.nodes.append(node)
         return node.outputs[0] if count == 1 else list(node.outputs)
 
@@ -54,7 +54,7 @@ class OnnxWriter:
         value = np.asarray(array, dtype=dtype)
         key = (value.dtype.str, value.shape, value.tobytes())
         if key not in self._constants:
-            self._constants[key] = self._initializer(f"constant_{len(self._constants)}", value)
+            self._constants[key] = self._initializer(f"literal.{len(self._constants)}", value)
         return self._constants[key]
 
     def weight(self, name: str, array: NDArray[Any]) -> Value:
@@ -63,7 +63,7 @@ class OnnxWriter:
         if name in self._weights:
             return self._weights[name]
         if dtype is None or array.dtype != np.float32 or array.ndim < 2:
-            value = self._initializer(name, array)
+            value = self._initializer(f"weight.{name}", array)
         else:
             with np.errstate(over="ignore"):
                 stored = array.astype(dtype.numpy())
@@ -72,7 +72,9 @@ class OnnxWriter:
                 raise ValueError(
                     f"[export] weight {name} reaches {largest:g}: too large for {dtype.name.lower()}; use fp32"
                 )
-            value = self.emit("Cast", self._initializer(name, stored), to=onnx_ir.DataType.FLOAT.value)
+            value = self.emit(
+                "Cast", self._initializer(f"weight.{name}", stored), to=onnx_ir.DataType.FLOAT.value
+            )
         self._weights[name] = value
         return value
 
@@ -80,6 +82,8 @@ class OnnxWriter:
         """The ONNX value of an argument: a node's, a number's as a constant, None for None."""
         if item is None:
             return None
+        if isinstance(item, Node) and is_parameter(item):  # written where an operator first reads it
+            return self.weight(item.name, parameter(self.program, item).detach().numpy())
         return self.values[item] if isinstance(item, Node) else self.constant(item, dtype)
 
     def size(self, item: Any) -> Value:
@@ -120,8 +124,6 @@ class OnnxWriter:
         for node in self.program.graph.nodes:
             if node.op == "placeholder":
                 self.values[node] = described[str(node.target)]
-            elif is_parameter(node):
-                self.values[node] = self.weight(node.name, parameter(self.program, node).detach().numpy())
             elif node.op == "call_function" and not is_size(node):
                 if node.target not in operators:
                     raise ValueError(

@@ -79,8 +79,8 @@ def read_artifact(folder: str | os.PathLike[str]) -> ArtifactSpec:
                 raise ValueError(
                     f"[artifact] {name} was altered or cut short: sha256 {found[:12]}, manifest {digest[:12]}; {_REMEDY}"
                 )
-            if path.suffix == ".onnx":
-                _check_external_data(spec, name, path)
+        for program in spec.programs.values():
+            _check_external_data(spec, program.file, folder / program.file)
     except OSError as error:
         raise ValueError(f"[artifact] cannot read {error.filename or folder}: {error.strerror}") from error
     return spec

@@ -33,9 +33,10 @@ def encode(spec: ArtifactSpec, programs: Programs, image: Any) -> Images:
     array = np.asarray(image)
     if array.ndim == len(spec.latent_shape) - 1:
         array = array[None]
-    if "decode" not in spec.programs:
+    if "encode" not in spec.programs:
         return _batched("encode", spec, array, spec.latent_shape[0])
-    array = _batched("encode", spec, array, 1)
+    channels = spec.programs["encode"].inputs[0].shape[1]
+    array = _batched("encode", spec, array, int(channels))
     mean = np.asarray(programs.call("encode", {"image": array})["z_mu"], np.float32)
     return mean * np.float32(spec.scale_factor)
 

@@ -150,7 +150,9 @@ def _sizes(text: str | None) -> tuple[int, ...] | None:
 def _progress(shown: bool) -> Iterator[Callable[[int, int], None]]:
     from tqdm import tqdm
 
-    with tqdm(desc="steps", unit="step", disable=not shown, file=sys.stderr, leave=False) as bar:
+    with tqdm(
+        desc="steps", unit="step", disable=None if shown else True, file=sys.stderr, leave=False
+    ) as bar:
 
         def on_step(done: int, total: int) -> None:
             bar.total = total

@@ -158,7 +158,16 @@ def _whole(spec: ArtifactSpec, condition: ConditionSpec, value: Any, known: dict
             )
         else:
             target.append(size)
-    return np.ascontiguousarray(np.broadcast_to(cast, target))
+    if (
+        condition.minimum is not None
+        and (cast < condition.minimum).any()
+        or (condition.maximum is not None and (cast > condition.maximum).any())
+    ):
+        raise ValueError(
+            f"{where} reaches from {cast.min()} to {cast.max()}: need {condition.minimum}..{condition.maximum}"
+        )
+    # Not ascontiguousarray, which gives a single number an axis.
+    return np.array(np.broadcast_to(cast, target), order="C")
 
 
 def _shape(condition: ConditionSpec) -> str:

@@ -64,9 +64,22 @@ def check_inputs(path: Path, program: ProgramSpec, found: Mapping[str, int]) -> 
 def unreadable(path: Path, engine: str, error: Exception) -> ValueError:
     """The one-line error for a file that an engine refuses."""
     reason = " ".join(str(error).split())[:200]
-    return ValueError(
-        f"[engine] {engine} cannot open {path.name}: {reason}; export the model again with `volcast export`"
-    )
+    remedy = SMALLER if _is_memory(reason) else "export the model again with `volcast export`"
+    return ValueError(f"[engine] {engine} cannot open {path.name}: {reason}; {remedy}")
+
+
+def failed(name: str, engine: str, error: Exception) -> ValueError:
+    """The one-line error for a program that an engine cannot run on these inputs."""
+    reason = " ".join(str(error).split())[:200]
+    remedy = SMALLER if _is_memory(reason) else "check the conditions, or try another engine"
+    return ValueError(f"[engine] {engine} failed in {name}: {reason}; {remedy}")
+
+
+SMALLER = "not enough memory for these sizes: give a smaller size or batch"
+
+
+def _is_memory(reason: str) -> bool:
+    return any(word in reason.lower() for word in ("bad_alloc", "allocat", "out of memory"))
 
 
 def _listed(inputs: Mapping[str, int]) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from .engine import Arrays, Engine, Program, check_inputs, unreadable
+from .engine import Arrays, Engine, Program, check_inputs, failed, unreadable
 from .spec import ProgramSpec
 
 
@@ -18,12 +18,17 @@ from .spec import ProgramSpec
 class OnnxRuntimeProgram(Program):
     """An `InferenceSession`; its outputs are new arrays at every call."""
 
-    def __init__(self, session: Any) -> None:
+    def __init__(self, session: Any, name: str) -> None:
         self._session = session
+        self._name = name
         self._outputs = [output.name for output in session.get_outputs()]
 
     def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.generic]]:
-        return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
+        try:
+            results = self._session.run(self._outputs, dict(inputs))
+        except Exception as error:  # as above: no common base
+            raise failed(self._name, "onnxruntime", error) from error
+        return dict(zip(self._outputs, results, strict=True))
 
 
 @final
@@ -50,4 +55,4 @@ class OnnxRuntimeEngine(Engine):
         except Exception as error:  # ONNX Runtime's own exception classes share no base but Exception
             raise unreadable(path, self.name, error) from error
         check_inputs(path, program, {value.name: len(value.shape) for value in session.get_inputs()})
-        return OnnxRuntimeProgram(session)
+        return OnnxRuntimeProgram(session, path.name)

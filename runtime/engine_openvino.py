@@ -10,7 +10,7 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-from .engine import Arrays, Engine, Program, check_inputs, shapes, unreadable
+from .engine import Arrays, Engine, Program, check_inputs, failed, shapes, unreadable
 from .spec import ProgramSpec
 
 
@@ -38,12 +38,16 @@ openvino = _import_openvino()
 class OpenVinoProgram(Program):
     """One compiled model and the one infer request that it reuses; outputs are copied out of it."""
 
-    def __init__(self, compiled: Any, outputs: list[str]) -> None:
+    def __init__(self, compiled: Any, outputs: list[str], name: str) -> None:
+        self._name = name
         self._request = compiled.create_infer_request()
         self._outputs = outputs
 
     def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.generic]]:
-        result = self._request.infer(dict(inputs), share_inputs=True, share_outputs=False)
+        try:
+            result = self._request.infer(dict(inputs), share_inputs=True, share_outputs=False)
+        except RuntimeError as error:
+            raise failed(self._name, "openvino", error) from error
         return dict(zip(self._outputs, result.to_tuple(), strict=True))
 
 
@@ -81,4 +85,4 @@ class OpenVinoEngine(Engine):
         named = [next((t.name for t in program.outputs if t.name in names), "") for names in known]
         if "" in named or len(set(named)) != len(named):
             raise unreadable(path, self.name, ValueError(f"its outputs are named {known}"))
-        return OpenVinoProgram(compiled, named)
+        return OpenVinoProgram(compiled, named, path.name)

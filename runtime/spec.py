@@ -63,7 +63,7 @@ class ProgramSpec(Frozen):
     FLOPs are of one forward pass at batch 1 and the default shape, a multiply-add counted as two.
     """
 
-    file: str
+    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*\.onnx$")]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     nodes: Annotated[int, Field(ge=0)]
@@ -139,7 +139,7 @@ class ConditionSpec(Frozen):
 
     With `fields`, the tensor is that many named numbers, in order; without, an array of this shape is given whole.
     `unconditional` is the value that fills the tensor in the unconditional branch of classifier-free guidance;
-    None: the network was not trained for guidance.
+    None: the network was not trained for guidance. `minimum` and `maximum` bound every number of an array given whole.
     """
 
     name: Identifier
@@ -147,6 +147,8 @@ class ConditionSpec(Frozen):
     shape: tuple[PositiveInt | Identifier, ...]
     fields: tuple[ConditionField, ...] = ()
     unconditional: Finite | None = None
+    minimum: Finite | None = None
+    maximum: Finite | None = None
     description: Annotated[str, Field(max_length=2000)] = ""
 
     @model_validator(mode="after")

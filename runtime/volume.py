@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -66,6 +67,9 @@ class Volume:
             nibabel.save(image, temporary)
 
 
+_NIBABEL_ERRORS = (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError)
+
+
 def read_nifti(path: str | os.PathLike[str]) -> Volume:
     """The volume in a NIfTI file, `[i, j, k]`, scaled as its header says, with its affine.
 
@@ -75,7 +79,7 @@ def read_nifti(path: str | os.PathLike[str]) -> Volume:
     try:
         image: Any = nibabel.load(path)
         array = np.asarray(image.dataobj, dtype=np.float32)
-    except (OSError, ValueError, EOFError, nibabel.filebasedimages.ImageFileError) as error:
+    except (OSError, ValueError, EOFError, OverflowError, zlib.error, *_NIBABEL_ERRORS) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"[volume] {os.fspath(path)}: cannot read it as NIfTI ({reason})") from error
     if array.ndim != 3:
@@ -86,7 +90,8 @@ def read_nifti(path: str | os.PathLike[str]) -> Volume:
 
 def check_nifti_path(path: str | os.PathLike[str]) -> Path:
     """`path`, if it ends in `.nii` or `.nii.gz` (ValueError otherwise)."""
-    if not os.fspath(path).endswith((".nii", ".nii.gz")):
+    name = Path(path).name
+    if not name.endswith((".nii", ".nii.gz")) or name.startswith(".nii"):
         raise ValueError(f"[volume] output {os.fspath(path)!r}: need a name that ends in .nii or .nii.gz")
     return Path(path)
 

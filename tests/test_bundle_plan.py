@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from volcast.export.bundle_plan import plan_bundle
+from volcast.runtime.default_artifact import BUNDLE
 from volcast.runtime.spec import SchedulerSpec
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -285,3 +287,15 @@ def test_fuzzed_text(tmp_path, monkeypatch, edits):
     (tmp_path / "configs").mkdir(exist_ok=True)
     (tmp_path / "configs" / "inference.yaml").write_bytes(text.encode("utf-8", "surrogatepass"))
     read_or_refuse(tmp_path, monkeypatch)
+
+
+def test_an_autoencoder_that_is_mentioned_but_missing_is_asked_for(tmp_path: Path) -> None:
+    folder = shutil.copytree(BUNDLE, tmp_path / "bundle")
+    config = folder / "configs" / "inference.json"
+    data = json.loads(config.read_text())
+    del data["autoencoder_def"]
+    config.write_text(json.dumps(data))
+    with pytest.raises(
+        ValueError, match=r"load_autoencoder is there and an autoencoder is not: add autoencoder_def"
+    ):
+        plan_bundle(folder)

@@ -24,7 +24,7 @@ FIELDS = [
 def spec(*conditions: dict) -> ArtifactSpec:
     tensor = {"name": "x", "dtype": "float32", "shape": ["batch", 1, "d0", 6]}
     program = {
-        "file": "a",
+        "file": "a.onnx",
         "inputs": [tensor],
         "outputs": [],
         "nodes": 1,
@@ -37,7 +37,7 @@ def spec(*conditions: dict) -> ArtifactSpec:
         {
             "format": 1, "name": "m", "precision": "fp32", "programs": {"schedule": program, "step": program},
             "axes": [dict(zip(("name", "minimum", "maximum", "multiple"), axis, strict=True)) for axis in axes],
-            "scheduler": {}, "scale_factor": 1, "latent_shape": [1, 4, 6], "spacing_mm": [1, 1], "files": {"a": "0" * 64},
+            "scheduler": {}, "scale_factor": 1, "latent_shape": [1, 4, 6], "spacing_mm": [1, 1], "files": {"a.onnx": "0" * 64},
             "conditions": conditions,
         }
     )  # fmt: skip

@@ -8,13 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from monai.networks.nets import DiffusionModelUNet
+from monai.networks.schedulers import DDIMScheduler
 
 from volcast.export.artifact import export_bundle
+from volcast.export.bundle import Bundle
 from volcast.export.networks import Denoiser, plain_modules
 from volcast.runtime import artifact as artifacts
 from volcast.runtime.engine_auto import open_engine
+from volcast.runtime.noise import request_noise
+from volcast.runtime.pipeline import load
 from volcast.runtime.programs import Programs
-from volcast.runtime.spec import Precision
+from volcast.runtime.spec import ConditionSpec, Precision, SchedulerSpec
 
 ZOO = ["brats_3d", "brats_2d", "brain_ldm", "maisi_rflow"]
 
@@ -68,6 +73,33 @@ def test_zoo_bundles_export_and_agree_with_monai(zoo_bundle: Any, tmp_path: Path
         mean = plain_modules(bundle.autoencoder).encode(decoded)[0]
     assert relative(image, decoded) < 1e-4
     assert relative(programs.call("encode", {"image": decoded.numpy()})["z_mu"], mean) < 1e-4
+
+
+def test_class_labels_reach_the_network(tmp_path: Path) -> None:
+    unet = DiffusionModelUNet(
+        spatial_dims=2, in_channels=1, out_channels=1, num_res_blocks=1, channels=(8, 16), norm_num_groups=8,
+        attention_levels=(False, False), num_class_embeds=4, num_head_channels=8,
+    ).eval().requires_grad_(False)  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    for parameter in unet.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+    labels = ConditionSpec(name="class_labels", dtype="int64", shape=(), minimum=0, maximum=3)
+    bundle = Bundle(
+        name="classes", unet=unet, autoencoder=None, scheduler=SchedulerSpec(), scale_factor=1.0,
+        latent_shape=(1, 8, 8), spacing_mm=(1.0, 1.0), conditions=(labels,), provenance={},
+    )  # fmt: skip
+    export_bundle(bundle, tmp_path / "artifact")
+    model = load(tmp_path / "artifact", engine="onnxruntime")
+    made = model.sample(steps=1, condition={"class_labels": 1}, compat="monai-1.6").array
+    scheduler = DDIMScheduler(num_train_timesteps=1000, clip_sample=False)
+    scheduler.set_timesteps(1)
+    noise = torch.from_numpy(request_noise(0, range(1), 0, (1, 8, 8)))
+    out = unet(noise, scheduler.timesteps.float(), class_labels=torch.tensor([1]))
+    wanted = scheduler.step(out, int(scheduler.timesteps[0]), noise)[0]
+    assert relative(made[None, None], wanted) < 1e-4
+    for label in (4, -7):
+        with pytest.raises(ValueError, match=r"class_labels reaches from .*: need 0.*3"):
+            model.sample(steps=1, condition={"class_labels": label})
 
 
 @pytest.mark.parametrize("batch", [(0, 4), (4, 2), (1, 10**6)])

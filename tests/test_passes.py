@@ -12,7 +12,7 @@ import pytest
 import torch
 from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
 from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
-from monai.networks.nets import AutoencoderKL, DiffusionModelUNet
+from monai.networks.nets import AutoencoderKL, DiffusionModelUNet, SPADEDiffusionModelUNet
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -48,9 +48,13 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
     "2D, four context tokens": ({**CROSS, "spatial_dims": 2}, {"context": (4, 5)}),
     "class labels": ({"num_class_embeds": 4}, {"class_labels": ()}),
     "MAISI, class labels, added in place": ({**MAISI, "num_class_embeds": 4}, {"class_labels": (), "spacing_tensor": (3,), "top_region_index_tensor": (4,)}),
+    "SPADE": ({"label_nc": 3, "spade_intermediate_channels": 8}, {"seg": (3, 4, 8, 4)}),
     "concatenated image": ({"in_channels": 5}, {"concat": (2, 4, 8, 4)}),
     "MAISI": (MAISI, {"top_region_index_tensor": (4,), "spacing_tensor": (3,)}),
 }  # fmt: skip
+
+
+SPATIAL = ("concat", "seg")
 
 
 def randomise(network: nn.Module) -> nn.Module:
@@ -75,7 +79,8 @@ def unet_case(variant: str) -> tuple[nn.Module, dict[str, tuple[int, ...]]]:
     arguments = {**UNET, **arguments}
     if "num_channels" in arguments:
         del arguments["channels"]
-    kind = DiffusionModelUNetMaisi if "num_channels" in arguments else DiffusionModelUNet
+    kind = SPADEDiffusionModelUNet if "label_nc" in arguments else DiffusionModelUNet
+    kind = DiffusionModelUNetMaisi if "num_channels" in arguments else kind
     return randomise(kind(**arguments)), conditions
 
 
@@ -99,11 +104,11 @@ def test_the_cut_denoiser_is_the_denoiser(variant: str) -> None:
     def arguments(batch: int, sizes: tuple[int, ...]) -> dict[str, Tensor]:
         given = {"x": draw((batch, 3, *sizes)), "timesteps": torch.linspace(3, 900, batch)}
         for name, shape in conditions.items():
-            given[name] = draw((batch, *(shape[:1] + sizes if name == "concat" else shape)), name)
+            given[name] = draw((batch, *(shape[:1] + sizes if name in SPATIAL else shape)), name)
         return given
 
     free = {name: {0: "batch"} for name in arguments(2, spatial)}
-    for name in ("x", "concat"):
+    for name in ("x", *SPATIAL):
         if name in free:
             free[name] |= {2 + axis: f"d{axis}" for axis in range(dims)}
     captured = capture(network, arguments(2, spatial), free, {f"d{axis}": 2 for axis in range(dims)})
@@ -117,8 +122,10 @@ def test_the_cut_denoiser_is_the_denoiser(variant: str) -> None:
         (rows,) = cut.schedule(given["timesteps"])
         crossing = dict(given, row=rows)
         if cut.prepare is not None:
-            constants = cut.prepare(*(given[name] for name in inputs(cut.prepare)))
-            crossing["constants"] = constants[0]
+            prepared = cut.prepare(*(given[name] for name in inputs(cut.prepare)))
+            crossing |= zip(
+                (name for name in inputs(cut.step) if name.startswith("constant")), prepared, strict=True
+            )
         with torch.no_grad():
             (result,) = cut.step(*(crossing[name] for name in inputs(cut.step)))
         assert_as_accurate(result, network, tuple(given.values()))
@@ -151,15 +158,46 @@ def test_hoist_wants_its_inputs_by_name() -> None:
         hoist(graph)
 
 
-def test_what_has_no_batch_cannot_cross() -> None:
+def test_what_has_no_batch_axis_waits_for_the_step() -> None:
     class Mean(nn.Module):
         def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
-            return x * torch.mean(timesteps)
+            return x * timesteps[:, None] + torch.mean(timesteps)
 
     free = {"x": {0: "batch"}, "timesteps": {0: "batch"}}
-    graph = capture(Mean(), {"x": draw((2, 3)), "timesteps": draw((2,))}, free, {})
-    with pytest.raises(ValueError, match=r"\[hoist\] mean \[\] does not begin with the batch of x"):
-        hoist(graph)
+    cut = hoist(capture(Mean(), {"x": draw((2, 3)), "timesteps": draw((2,))}, free, {}))
+    x, timesteps = draw((4, 3)), draw((4,), "t")
+    torch.testing.assert_close(cut.step(x, *cut.schedule(timesteps))[0], Mean()(x, timesteps))
+
+
+@pytest.mark.parametrize("way", ["added to one row", "three keys"])
+def test_attention_that_only_looks_like_one_key_stays(way: str) -> None:
+    class Attention(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
+            if way == "three keys":  # one query: the softmax runs over the queries
+                return torch.softmax(q[:, :1] @ k.transpose(1, 2), dim=1) @ k + q[:, :1]
+            return torch.softmax(q @ k[:, :1].transpose(1, 2), dim=-1) @ k[:, :1] + bias
+
+    examples = {"q": draw((2, 6, 4)), "k": draw((2, 3, 4), "k"), "bias": draw((4,), "b")}
+    result = single_token_attention(capture(Attention(), examples, {}, {}))(*examples.values())
+    torch.testing.assert_close(result[0], Attention()(*examples.values()))
+
+
+@pytest.mark.parametrize("alias", ["chunk", "dropout", "movedim", "squeeze"])
+def test_writing_through_an_alias_is_refused(alias: str) -> None:
+    class Writes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 2
+            a = {
+                "chunk": lambda: y.chunk(2, 1)[0],
+                "dropout": lambda: torch.nn.functional.dropout(y, 0.5, training=False),
+                "movedim": lambda: y.movedim(0, 1),
+                "squeeze": lambda: y.squeeze(),
+            }[alias]()
+            a += 1
+            return y + 0
+
+    with pytest.raises(ValueError, match=r"\[capture\] aten.add_.Tensor writes into"):
+        capture(Writes(), {"x": draw((2, 4))}, {}, {})
 
 
 def test_a_network_that_cannot_be_captured_is_named() -> None:

@@ -91,6 +91,22 @@ def test_stored_weights_are_rounded_once(tmp_path: Path, precision: Precision, e
     assert 0 < np.abs(run(tmp_path / "low.onnx", x) - run(tmp_path / "full.onnx", x)).max() < 36 * eps
 
 
+def test_every_weight_is_stored_once(tmp_path: Path) -> None:
+    class Linear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.project = nn.Linear(4, 300)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.project(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    write(tmp_path / "small.onnx", Precision.FP16, Linear())
+    graph = onnx.load(tmp_path / "small.onnx").graph
+    assert sorted(tuple(value.dims) for value in graph.initializer) == [(4, 300), (300,)]
+    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    assert all(set(node.output) & read for node in graph.node)
+
+
 def test_a_weight_too_large_for_fp16_is_named(tmp_path: Path) -> None:
     network = Small()
     network.weight.data[0, 0, 0, 0] = 7e4
@@ -104,3 +120,13 @@ def test_large_weights_lie_beside_the_model(tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / "small.onnx.data").is_file()
     x = torch.randn((1, 4, 4, 4), generator=torch.Generator().manual_seed(2))
     np.testing.assert_allclose(run(tmp_path / "small.onnx", x), network(x).numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_split_along_a_free_size_is_refused(tmp_path: Path) -> None:
+    class Halves(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            low, high = x.chunk(2, dim=2)
+            return torch.cat((high, low), dim=2)
+
+    with pytest.raises(ValueError, match=r"\[to_onnx\] aten.chunk.default along a free size"):
+        write(tmp_path / "small.onnx", network=Halves())

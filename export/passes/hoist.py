@@ -39,8 +39,7 @@ class Cut:
 def hoist(graph_module: GraphModule) -> Cut:
     """Cut a graph whose inputs are `x`, `timesteps` and any conditions; its one output is the network's.
 
-    Raises ValueError where an input is missing, the output does not depend on x, or a tensor that would cross has no
-    batch axis in front (its rows could not follow the samples).
+    Raises ValueError where an input is missing or the output does not depend on x.
     """
     names = inputs(graph_module)
     for name in (SAMPLE, TIME):
@@ -51,23 +50,38 @@ def hoist(graph_module: GraphModule) -> Cut:
     (result,) = outputs(graph_module)
     if rates.get(result) != "step":
         raise ValueError("[hoist] the output does not depend on x: nothing to sample")
-    crossing: dict[str, list[Node]] = {"schedule": [], "prepare": []}
-    for node in graph_module.graph.nodes:
-        tensor = node.op == "call_function" and not isinstance(node.meta.get("val"), list | tuple)
-        if tensor and rates.get(node) in crossing and any(rates.get(user) == "step" for user in node.users):
-            crossing[rates[node]].append(node)
-    if any(rates.get(user) == "step" for user in names[TIME].users):
-        crossing["schedule"].append(names[TIME])
     batch = symbol(shape_of(names[SAMPLE])[0])
-    for node in (*crossing["schedule"], *crossing["prepare"]):
-        if not shape_of(node) or symbol(shape_of(node)[0]) != batch:
+    while True:
+        crossing = _crossing(graph_module, rates)
+        # A row must follow its sample: what has no batch axis in front (heads merged into it, say) waits for the step.
+        stuck = [
+            node
+            for node in (*crossing["schedule"], *crossing["prepare"])
+            if not shape_of(node) or symbol(shape_of(node)[0]) != batch
+        ]
+        if not stuck:
+            break
+        if names[TIME] in stuck:
             raise ValueError(
-                f"[hoist] {node.name} {list(shape_of(node))} does not begin with the batch of x, {batch}"
+                "[hoist] timesteps and x do not share their batch: the rows could not follow the samples"
             )
+        rates |= dict.fromkeys(stuck, "step")
     schedule = _extract(graph_module, (TIME,), crossing["schedule"], "rows")
     used = [name for name in names if name in conditions]
     prepare = _extract(graph_module, used, crossing["prepare"], "constants") if crossing["prepare"] else None
     return Cut(schedule=schedule, prepare=prepare, step=_step(graph_module, rates, crossing))
+
+
+def _crossing(graph_module: GraphModule, rates: dict[Node, str]) -> dict[str, list[Node]]:
+    """The tensors of `schedule` and `prepare` that `step` reads."""
+    crossing: dict[str, list[Node]] = {"schedule": [], "prepare": []}
+    for node in graph_module.graph.nodes:
+        tensor = node.op == "call_function" and not isinstance(node.meta.get("val"), list | tuple)
+        timesteps = node.op == "placeholder" and node.target == TIME
+        read = any(rates.get(user) == "step" for user in node.users)
+        if (tensor or timesteps) and rates.get(node) in crossing and read:
+            crossing[rates[node]].append(node)
+    return crossing
 
 
 def _rates(graph_module: GraphModule, conditions: frozenset[str]) -> dict[Node, str]:
@@ -89,7 +103,8 @@ def _rates(graph_module: GraphModule, conditions: frozenset[str]) -> dict[Node, 
 
 def _symbols(graph_module: GraphModule, names: Sequence[str] | frozenset[str]) -> set[str]:
     placeholders = inputs(graph_module)
-    return {symbol(s) for name in names for s in shape_of(placeholders[name]) if is_free(s)}
+    sizes: list[Any] = [size for name in names for size in shape_of(placeholders[name]) if is_free(size)]
+    return {str(s) for size in sizes for s in size.node.expr.free_symbols}
 
 
 def _size_symbols(node: Node) -> set[str]:

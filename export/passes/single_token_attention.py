@@ -33,7 +33,8 @@ def single_token_attention(graph_module: GraphModule) -> GraphModule:
 
 def _one_key(node: Node) -> bool:
     """A softmax over an axis of fixed size 1."""
-    return node.target is aten.softmax.int and shape_of(node)[argument(node, 1)] == 1
+    rank = len(shape_of(node)) if node.target is aten.softmax.int else 0
+    return rank > 0 and argument(node, 1) % rank == rank - 1 and shape_of(node)[-1] == 1
 
 
 def _one_key_fused(node: Node) -> bool:
@@ -86,7 +87,9 @@ def _row_chain(product: Node) -> list[tuple[Node, tuple[Any, ...]]] | None:
         user = next(iter(node.users))
         rank = len(shape_of(user))
         if user.target is aten.add.Tensor and axis == rank - 2:
-            return chain
+            other = argument(user, 1) if argument(user, 0) is node else argument(user, 0)
+            full = isinstance(other, Node) and other is not node and shape_of(other) == shape_of(user)
+            return chain if full else None
         if user.target is aten.permute.default:
             order = argument(user, 1)
             axis = list(order).index(axis)
