@@ -113,14 +113,14 @@ def plan_bundle(
         raise ValueError(f"[bundle] --weights {unknown[0]}=...: need unet=FILE or autoencoder=FILE")
     unet, autoencoder = _network(read, "unet", choices), _network(read, "autoencoder", choices)
     assert unet is not None  # _network raises for a missing UNet
+    if autoencoder is None and "autoencoder" in (weights or {}):
+        raise ValueError("[bundle] --weights autoencoder=...: the config has no autoencoder; leave it out")
     traces = sorted(key for key in data if "autoencoder" in key and data[key] is not None)
     if autoencoder is None and traces and "autoencoder" not in choices:
         raise ValueError(
             f"[bundle] {traces[0]} is there and an autoencoder is not: add autoencoder_def, or --set autoencoder=null "
             "for a model of images"
         )
-    if autoencoder is None and "autoencoder" in (weights or {}):
-        raise ValueError("[bundle] --weights autoencoder=...: the config has no autoencoder; leave it out")
     loads, timesteps, noises, unread = _scan(read)
     metadata_file = file.parent / "metadata.json"
     metadata = read_data(metadata_file)[0] if metadata_file.is_file() else {}

@@ -30,6 +30,7 @@ def test_the_example_runs(default_cache: Path, tmp_path: Path) -> None:
 def test_every_file_and_command_it_names_is_there() -> None:
     text = README.read_text(encoding="utf-8")
     root = README.parent
+    assert "@@" not in text, "a placeholder was left"
     for name in re.findall(r"\]\(([^)h][^)]*)\)", text) + re.findall(r"^\| `(\w+)/`", text, re.MULTILINE):
         assert (root / name).exists(), name
     commands = set(re.findall(r"^    volcast (\w+)", text, re.MULTILINE))
