@@ -48,6 +48,8 @@ def bench(
     if not 0 < limit <= 86400:
         raise ValueError(f"[bench] limit={limit}: need a number of seconds up to 86400")
     for path in (output, plot):
+        if path is not None and path.is_dir():
+            raise ValueError(f"[bench] {path} is a folder; name a file in it")
         if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
             raise ValueError(
                 f"[bench] {path.parent} is not a folder that can be written to; choose another output"

@@ -129,10 +129,13 @@ def _outputs(output: Path, count: int, png: Path | None) -> list[Path]:
             raise ValueError(
                 f"[sample] {path.parent} is not a folder that can be written to; choose another output"
             )
-    if count == 1:
-        return [output]
     suffix = ".nii.gz" if output.name.endswith(".nii.gz") else ".nii"
-    return [output.with_name(f"{output.name.removesuffix(suffix)}_{i}{suffix}") for i in range(count)]
+    names = [f"{output.name.removesuffix(suffix)}_{i}{suffix}" for i in range(count)]
+    outputs = [output] if count == 1 else [output.with_name(name) for name in names]
+    for path in (*outputs, *([] if png is None else [png])):
+        if path.is_dir():
+            raise ValueError(f"[sample] {path} is a folder; choose another output")
+    return outputs
 
 
 def _sizes(text: str | None) -> tuple[int, ...] | None:

@@ -14,7 +14,7 @@ from volcast import _core
 from . import conditions
 from .request import Request
 from .sampler import make_plan
-from .sizes import check_size, latent_sizes
+from .sizes import check_size, latent_sizes, whole
 from .spec import ArtifactSpec
 
 Array = NDArray[np.generic]
@@ -52,10 +52,11 @@ def make_job(
     Raises:
         ValueError: see `Request`, `latent_sizes` and `conditions.resolve`; a batch that the artifact does not allow.
     """
+    count, batch = whole(count), whole(batch)
     if not isinstance(count, int) or not 1 <= count <= 1_000_000:
-        raise ValueError(f"[sample] n={count}: need 1..1000000")
+        raise ValueError(f"[sample] n={count!r}: need 1..1000000")
     if not isinstance(batch, int) or batch < 1:
-        raise ValueError(f"[sample] batch={batch}: need 1 or more")
+        raise ValueError(f"[sample] batch={batch!r}: need 1 or more")
     spatial, sizes = latent_sizes(spec, size)
     if isinstance(condition, Sequence):
         if len(condition) != count:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, TypedDict
 from pydantic import Field, ValidationError
 
 from .sampler import Method, SamplerConfig
+from .sizes import whole
 from .spec import ArtifactSpec, Frozen
 
 OnStep = Callable[[int, int], None]
@@ -55,14 +56,14 @@ def make_request(spec: ArtifactSpec, seed: int, settings: Settings) -> Request:
     if unknown:
         raise ValueError(f"[sample] unknown setting {unknown}; known: {', '.join(known)}")
     last = spec.scheduler.noise_schedule.num_train_timesteps
-    steps = settings.get("steps")
+    steps = whole(settings.get("steps"))
     steps = spec.scheduler.steps if steps is None else steps
     if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= last:
-        raise ValueError(f"[sample] steps={steps}: need 1..{last}")
+        raise ValueError(f"[sample] steps={steps!r}: need 1..{last}")
     own = {key: value for key, value in settings.items() if key in Request.model_fields}
     sampler = {key: value for key, value in settings.items() if key in SamplerConfig.model_fields}
     try:
-        request = Request.model_validate({"seed": seed, "sampler": {**sampler, "steps": steps}, **own})
+        request = Request.model_validate({"seed": whole(seed), "sampler": {**sampler, "steps": steps}, **own})
         start = steps - max(1, math.floor(steps * request.strength + 1e-9))
         return request.model_copy(update={"sampler": request.sampler.model_copy(update={"start": start})})
     except ValidationError as error:

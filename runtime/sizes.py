@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 from .spec import ArtifactSpec, Axis
+
+
+def whole(value: Any) -> Any:
+    """NumPy's integers as Python's, as a loop over an array yields them; anything else as it is, for the check."""
+    return int(value) if isinstance(value, np.integer) else value
 
 
 def nearest(axis: Axis, size: int) -> list[int]:
@@ -43,7 +51,7 @@ def latent_sizes(
     if size is None:
         wanted = default
     else:
-        wanted = tuple(size)
+        wanted = tuple(whole(one) for one in size)
         if not all(isinstance(value, int) and not isinstance(value, bool) for value in wanted):
             raise ValueError(f"[sample] size={wanted}: need {len(default)} whole numbers, as {default}")
     if len(wanted) != len(default):

@@ -124,6 +124,13 @@ def test_bad_outputs_fail_before_any_work(gaussian: Path, tmp_path: Path, capsys
         assert err.startswith("volcast: [") and "gaussian on" not in err
 
 
+def test_a_folder_in_the_way_is_named_before_any_work(gaussian: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "out_1.nii").mkdir()
+    assert sample(gaussian, tmp_path / "out.nii", "-n", 2) == 2
+    assert "out_1.nii is a folder; choose another output" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["out_1.nii"]
+
+
 def test_a_truncated_artifact(gaussian: Path, tmp_path: Path, capsys) -> None:
     folder = Path(shutil.copytree(gaussian, tmp_path / "artifact"))
     (folder / "decode.onnx").write_bytes((folder / "decode.onnx").read_bytes()[:-20])

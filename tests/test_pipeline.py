@@ -239,3 +239,10 @@ def test_the_package_offers_load_and_volume() -> None:
     assert volcast.load is load
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
         _ = volcast.lod
+
+
+def test_numpy_integers_are_numbers(gaussian: Path) -> None:
+    model = load(gaussian, engine="onnxruntime")
+    size = np.array(model.spec.latent_shape[1:])
+    given = model.sample(np.int64(3), steps=np.int64(2), size=size)
+    np.testing.assert_array_equal(given.array, model.sample(3, steps=2).array)

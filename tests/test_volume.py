@@ -92,3 +92,15 @@ def test_what_is_no_nifti(tmp_path: Path) -> None:
     volume((2, 3, 4, 5), (1.0, 1.0, 1.0)).save(tmp_path / "four.nii")
     with pytest.raises(ValueError, match="need three axes"):
         read_nifti(tmp_path / "four.nii")
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "whole.nii.gz"
+    array = np.random.default_rng(0).random((8, 9, 10), np.float32)
+    Volume(array, np.eye(4), (1.0, 1.0, 1.0)).save(path)
+    data = bytearray(path.read_bytes())
+    for place in range(200, len(data) - 20, 50):
+        data[place] ^= 0xFF
+    (tmp_path / "damaged.nii.gz").write_bytes(data)
+    with pytest.raises(ValueError, match=r"damaged.nii.gz: cannot read it as NIfTI"):
+        read_nifti(tmp_path / "damaged.nii.gz")
