@@ -115,7 +115,7 @@ def plan_bundle(
     assert unet is not None  # _network raises for a missing UNet
     if autoencoder is None and "autoencoder" in (weights or {}):
         raise ValueError("[bundle] --weights autoencoder=...: the config has no autoencoder; leave it out")
-    traces = sorted(key for key in data if "autoencoder" in key and data[key] is not None)
+    traces = sorted(str(key) for key in data if "autoencoder" in str(key) and data[key] is not None)
     if autoencoder is None and traces and "autoencoder" not in choices:
         raise ValueError(
             f"[bundle] {traces[0]} is there and an autoencoder is not: add autoencoder_def, or --set autoencoder=null "
