@@ -47,14 +47,14 @@ def free_model(latent: tuple[int, ...]) -> Model:
                 {"name": "steps", "minimum": 1, "maximum": TRAIN},
             ],
             "programs": {
-                "schedule": program("schedule", {"timesteps": ["steps"]}, "rows", ["steps", ROW]),
-                "step": program("step", {"x": x, "row": row}, "out", x),
+                "schedule": program("schedule.onnx", {"timesteps": ["steps"]}, "rows", ["steps", ROW]),
+                "step": program("step.onnx", {"x": x, "row": row}, "out", x),
             },
             "scheduler": {},
             "scale_factor": 1.0,
             "latent_shape": latent,
             "spacing_mm": [1.0] * (len(latent) - 1),
-            "files": {"schedule": "0" * 64, "step": "0" * 64},
+            "files": {"schedule.onnx": "0" * 64, "step.onnx": "0" * 64},
         }
     )
     return Model(Path(), spec, FreeEngine())

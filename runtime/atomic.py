@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _REMEDIES = {
@@ -55,17 +56,12 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         ValueError: the disk is full, or the folder is missing or not writable (one line, with the remedy).
     """
     path = Path(path)
+    # Named before it is made: an interrupt at any moment finds what to remove.
+    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}" + "".join(path.suffixes[-2:]))
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "is a folder")
-        descriptor, name = tempfile.mkstemp(
-            prefix=".tmp-", suffix="".join(path.suffixes[-2:]), dir=path.parent
-        )
-    except OSError as error:
-        raise _one_line(path, error) from error
-    temporary = Path(name)
-    try:
-        os.close(descriptor)
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         yield temporary
         with open(temporary, "rb+") as stream:
             os.fsync(stream.fileno())
@@ -75,7 +71,8 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     except OSError as error:
         raise _one_line(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(FileNotFoundError, NotADirectoryError):
+            temporary.unlink()
 
 
 @contextmanager
