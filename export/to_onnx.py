@@ -1,7 +1,7 @@
 """A captured program as an ONNX file: named inputs, outputs and free sizes, weights in the asked precision.
 
 Written by `onnx_writer`, operator by operator, and not by torch.onnx.export: that traces the program three more times
-with symbolic sizes, two thirds of the whole export's time (README, "Why not torch.onnx"), and wraps norms and reshapes
+with symbolic sizes, over half of the whole export's time (README, "Why not torch.onnx"), and wraps norms and reshapes
 in shape arithmetic.
 """
 

@@ -28,7 +28,7 @@ def default_artifact() -> Path:
     Raises:
         ValueError: torch or monai is missing, or the export failed.
     """
-    folder = _cache() / f"{NAME}-{_key()}"
+    folder = cache_folder() / f"{NAME}-{_key()}"
     if (folder / MANIFEST).is_file():
         return folder
     missing = [name for name in ("torch", "monai", "onnx") if find_spec(name) is None]
@@ -53,7 +53,8 @@ def default_artifact() -> Path:
     return folder
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where volcast keeps what it can make again: `$XDG_CACHE_HOME/volcast`, or `~/.cache/volcast`."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG specification has relative paths ignored.
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "volcast"

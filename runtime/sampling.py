@@ -52,7 +52,7 @@ def sample_batch(
     shapes = {name: value.shape for name, value in branches[_core.Branch.CONDITIONAL].items()}
     step = programs.open("step", {"x": x.shape, "row": (len(part), *rows.shape[1:]), **shapes})
     denoiser = Denoiser(step, rows, branches)
-    # Two calls a step with guidance: one doubled batch is no faster on a CPU and would open another engine.
+    # Two calls a step with guidance: a doubled batch would open every program at another shape.
     timing = _core.run(job.plan, x, denoiser, seeds, samples, guidance=job.request.guidance, on_step=after)
     loop_seconds = watch.lap()
 
