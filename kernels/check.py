@@ -1,0 +1,69 @@
+"""Contracts: what an operation takes. Each failure names the operation, the value, and what to do."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_dtype(operation: str, **tensors: Tensor | None) -> None:
+    """All tensors given share one of float32, float16, bfloat16."""
+    given = {name: tensor.dtype for name, tensor in tensors.items() if tensor is not None}
+    first = next(iter(given.values()))
+    if first not in FLOATS or len(set(given.values())) > 1:
+        got = ", ".join(f"{name} {str(dtype).removeprefix('torch.')}" for name, dtype in given.items())
+        raise ValueError(f"[{operation}] dtype {got}: need one of float32, float16, bfloat16 for all of them")
+
+
+def check_device_shared(operation: str, **tensors: Tensor | None) -> None:
+    """All tensors given lie on one device."""
+    given = {name: str(tensor.device) for name, tensor in tensors.items() if tensor is not None}
+    if len(set(given.values())) > 1:
+        got = ", ".join(f"{name} on {device}" for name, device in given.items())
+        raise ValueError(f"[{operation}] {got}: move them to one device")
+
+
+def check_parameter(operation: str, name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    """A contiguous parameter of the given shape, in float32 or the dtype of `x`."""
+    check_shape(operation, name, tensor, shape)
+    if tensor.dtype not in (torch.float32, x.dtype):
+        got, same = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, x.dtype))
+        raise ValueError(f"[{operation}] {name} has dtype {got}: need float32 or the input's {same}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"[{operation}] {name} is not contiguous: call .contiguous() on it")
+
+
+def check_shape(operation: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"[{operation}] {name} has shape {tuple(tensor.shape)}: need {shape}")
+
+
+def check_volume(operation: str, name: str, x: Tensor) -> None:
+    """A volume `N C D H W` or image `N C H W` without empty axes, channels last in memory (NDHWC, NHWC)."""
+    if x.ndim not in (4, 5):
+        raise ValueError(f"[{operation}] {name} has shape {tuple(x.shape)}: need N C H W or N C D H W")
+    if 0 in x.shape:
+        raise ValueError(f"[{operation}] {name} has shape {tuple(x.shape)}: an axis is empty")
+    if not is_channels_last(x):
+        layout = memory_format(x).__repr__()
+        raise ValueError(
+            f"[{operation}] {name} of shape {tuple(x.shape)} has strides {x.stride()}: need channels last; "
+            f"call .contiguous(memory_format={layout})"
+        )
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    return torch.channels_last_3d if x.ndim == 5 else torch.channels_last
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """`Tensor.is_contiguous(memory_format=...)`, but sure where an axis has size 1."""
+    return x.movedim(1, -1).is_contiguous()
+
+
+def empty_channels_last(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """An uninitialised `N C *spatial` tensor, channels last, with the dtype and device of `like`."""
+    n, c, *spatial = shape
+    return torch.empty((n, *spatial, c), dtype=like.dtype, device=like.device).movedim(-1, 1)
