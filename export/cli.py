@@ -108,6 +108,69 @@ def verify(
         raise typer.Exit(1)
 
 
+def build(
+    artifact: Annotated[
+        Path | None, typer.Argument(help="Folder of an artifact; left out: the bundled hippocampus model.")
+    ] = None,
+    target: Annotated[
+        Literal["cubin"], typer.Option(help="cubin: the Triton-language kernels, compiled ahead of time.")
+    ] = ...,  # type: ignore[assignment]
+    sm: Annotated[
+        list[str],
+        typer.Option(help="Compute capability of the device, 87 or 8.7 for Jetson Orin; repeatable."),
+    ] = ...,  # type: ignore[assignment]
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write; left out: ARTIFACT/engines/cubin.")
+    ] = None,
+    precision: Annotated[Precision, typer.Option(help="What the kernels compute on.")] = Precision.FP16,
+    batch: Annotated[int, typer.Option(help="Samples a call.")] = 1,
+    size: Annotated[
+        str | None, typer.Option(help="Latent sizes, as 8,12,8; left out: the artifact's.")
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Replace the folder in OUTPUT.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compile an artifact's kernels for devices that need not be here. Needs no GPU and no CUDA toolkit."""
+    from volcast.runtime.default_artifact import default_artifact
+    from volcast.runtime.sizes import parse_sizes
+
+    from .cubin_report import as_table
+    from .to_cubin import build_cubins
+
+    capabilities = [_capability(text) for text in sm]
+    latent = parse_sizes("build", size)
+    folder = default_artifact() if artifact is None else artifact
+    place = folder / "engines" / "cubin" if output is None else output
+    if place.exists() and not force:
+        raise ValueError(f"[build] {place} exists: remove it, choose another name, or pass --force")
+    if output is None:
+        place.parent.mkdir(exist_ok=True)
+    with tqdm(desc="build", unit="cubin", file=sys.stderr, disable=None) as bar:
+
+        def on_cubin(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        manifest = build_cubins(
+            folder,
+            place,
+            capabilities,
+            precision=precision,
+            batch=batch,
+            size=latent,
+            replace=force,
+            progress=on_cubin,
+        )
+    print(manifest.model_dump_json() if as_json else as_table(manifest, place))
+
+
+def _capability(text: str) -> int:
+    digits = text.removeprefix("sm_").replace(".", "")
+    if not (digits.isascii() and digits.isdecimal()):
+        raise ValueError(f"[build] --sm {text!r}: need a compute capability such as 87 or 8.7")
+    return int(digits)
+
+
 def _read(bundle: Path, config: Path | None, weights: list[str], settings: list[str]) -> Any:
     from .bundle import read_bundle
 

@@ -7,7 +7,9 @@ is taken. `benchmarks/tune.py` makes the table and writes into `basis` what it w
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,9 @@ import torch
 TABLE = Path(__file__).with_name("configurations.json")
 
 
+_pinned: ContextVar[Mapping[str, Mapping[str, int]]] = ContextVar("pinned", default={})  # noqa: B039
+
+
 @cache
 def table() -> Mapping[str, Any]:
     return dict(json.loads(TABLE.read_text()))
@@ -24,8 +29,20 @@ def table() -> Mapping[str, Any]:
 
 def configuration(kernel: str, dtype: torch.dtype, size: int) -> dict[str, int]:
     """The settings of `kernel` for `dtype` and a size class; what `size` counts is the kernel's own affair."""
+    if kernel in _pinned.get():
+        return dict(_pinned.get()[kernel])
     name = str(dtype).removeprefix("torch.")
     for row in table()[kernel]["rows"]:
         if name in row["dtypes"] and (row["up_to"] is None or size <= row["up_to"]):
             return dict(row["settings"])
     raise LookupError(f"[{kernel}] no configuration for {name}, size {size} in {TABLE.name}")
+
+
+@contextmanager
+def pinned(settings: Mapping[str, Mapping[str, int]]) -> Iterator[None]:
+    """Within the block the kernels named in `settings` use these instead of the table: to tune, or to test a form."""
+    token = _pinned.set({**_pinned.get(), **settings})
+    try:
+        yield
+    finally:
+        _pinned.reset(token)

@@ -63,10 +63,11 @@ def sample(
     from .condition_text import parse_conditions
     from .picture import mosaic, save_picture
     from .pipeline import load
+    from .sizes import parse_sizes
     from .volume import read_nifti
 
     outputs = _outputs(output, count, png)
-    latent = _sizes(size)
+    latent = parse_sizes("sample", size)
     start = None if image is None else read_nifti(image)
     model = load(artifact, engine, threads)
     if not quiet:
@@ -136,17 +137,6 @@ def _outputs(output: Path, count: int, png: Path | None) -> list[Path]:
         if path.is_dir():
             raise ValueError(f"[sample] {path} is a folder; choose another output")
     return outputs
-
-
-def _sizes(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise ValueError(
-            f"[sample] size={text}: need whole numbers with commas between, as 8,12,8"
-        ) from error
 
 
 @contextmanager

@@ -15,6 +15,18 @@ def whole(value: Any) -> Any:
     return int(value) if isinstance(value, np.integer) else value
 
 
+def parse_sizes(operation: str, text: str | None) -> tuple[int, ...] | None:
+    """`8,12,8` as numbers; None stays None. ValueError for anything else."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(
+            f"[{operation}] size={text}: need whole numbers with commas between, as 8,12,8"
+        ) from error
+
+
 def nearest(axis: Axis, size: int) -> list[int]:
     """The one or two sizes that `axis` allows next to `size`, ascending; empty when it allows none."""
     first = -(-axis.minimum // axis.multiple) * axis.multiple
@@ -38,11 +50,11 @@ def check_size(operation: str, axis: Axis, size: int) -> None:
 
 
 def latent_sizes(
-    spec: ArtifactSpec, size: Sequence[int] | None = None
+    spec: ArtifactSpec, size: Sequence[int] | None = None, operation: str = "sample"
 ) -> tuple[tuple[int, ...], dict[str, int]]:
     """The latent's spatial sizes, and the size of each axis among them.
 
-    `size` is in latent voxels, one number a spatial axis; None: the artifact's own.
+    `size` is in latent voxels, one number a spatial axis; None: the artifact's own. `operation` goes into errors.
 
     Raises:
         ValueError: too few or many numbers, a size that its axis does not allow, two sizes for one axis.
@@ -53,9 +65,9 @@ def latent_sizes(
     else:
         wanted = tuple(whole(one) for one in size)
         if not all(isinstance(value, int) and not isinstance(value, bool) for value in wanted):
-            raise ValueError(f"[sample] size={wanted}: need {len(default)} whole numbers, as {default}")
+            raise ValueError(f"[{operation}] size={wanted}: need {len(default)} whole numbers, as {default}")
     if len(wanted) != len(default):
-        raise ValueError(f"[sample] size={wanted}: need {len(default)} numbers, as {default}")
+        raise ValueError(f"[{operation}] size={wanted}: need {len(default)} numbers, as {default}")
     x = next((tensor for tensor in spec.programs["step"].inputs if tensor.name == "x"), None)
     if x is None or len(x.shape) != len(default) + 2:
         raise ValueError(
@@ -64,9 +76,9 @@ def latent_sizes(
     sizes: dict[str, int] = {}
     for name, value in zip(x.shape[2:], wanted, strict=True):
         if isinstance(name, str):
-            check_size("sample", spec.axis(name), value)
+            check_size(operation, spec.axis(name), value)
             if sizes.setdefault(name, value) != value:
-                raise ValueError(f"[sample] size={wanted}: the model needs equal sizes along axis {name}")
+                raise ValueError(f"[{operation}] size={wanted}: the model needs equal sizes along axis {name}")
         elif name != value:
-            raise ValueError(f"[sample] size={wanted}: this model was exported for {default} only")
+            raise ValueError(f"[{operation}] size={wanted}: this model was exported for {default} only")
     return wanted, sizes

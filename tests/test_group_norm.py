@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from monai.networks.nets.diffusion_model_unet import DiffusionUNetResnetBlock
 from torch import Tensor
 
 from volcast.kernels import group_norm_triton
-from volcast.kernels.configuration import configuration
+from volcast.kernels.configuration import configuration, pinned
 from volcast.kernels.group_norm import add_group_norm, group_norm
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -29,20 +30,17 @@ SHAPES = [
 ]
 
 
-def force_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small tensors through the two launches of large ones: several programs, some without a row."""
-    small = {
-        "group_norm_single": {"group_elements": 0, "row_bytes": 32, "tile": 64, "warps": 4},
-        "group_norm_split": {"columns": 16, "tile": 128, "programs": 5, "apply_programs": 3, "warps": 4},
-    }
-    monkeypatch.setattr(group_norm_triton, "configuration", lambda kernel, dtype, size: small[kernel])
+# Small tensors through the two launches of large ones: several programs, some without a row.
+SPLIT = {
+    "group_norm_single": {"group_elements": 0, "row_bytes": 32, "tile": 64, "warps": 4},
+    "group_norm_split": {"columns": 64, "tile": 512, "programs": 5, "apply_programs": 3, "warps": 4},
+}
 
 
 @pytest.fixture(params=["single", "split"])
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "split":
-        force_split(monkeypatch)
-    return str(request.param)
+def form(request: pytest.FixtureRequest) -> Iterator[str]:
+    with pinned(SPLIT if request.param == "split" else {}):
+        yield request.param
 
 
 def exact(

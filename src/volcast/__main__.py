@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 COMMANDS = {
     "export": "volcast.export.cli",
+    "build": "volcast.export.cli",
     "sample": "volcast.runtime.cli",
     "verify": "volcast.export.cli",
     "info": "volcast.runtime.cli",
@@ -67,7 +68,8 @@ def app(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except ModuleNotFoundError as error:
-        extra = {"export": "export", "verify": "export", "bench": "bench"}.get(_command(arguments))
+        extras = {"export": "export", "build": "export,kernels", "verify": "export", "bench": "bench"}
+        extra = extras.get(_command(arguments))
         if extra is None:
             raise
         print(f"volcast: this command needs {error.name}: pip install 'volcast[{extra}]'", file=sys.stderr)

@@ -1,0 +1,174 @@
+"""Where an artifact's program can use the kernels of `kernels/`, read from its ONNX graph at fixed sizes.
+
+Only shapes are read; no weight is loaded. A norm takes the SiLU that follows it, an output convolution with few
+channels takes the norm before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+from onnx import NodeProto, helper
+
+Shape = tuple[int, ...]
+ProgramName = Literal["step", "decode", "encode", "sampler"]
+FEW_CHANNELS = 8
+"""Heads of networks: what the `input_head` and `output_head` kernels take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelUse:
+    """One place in a program: the operation, the shapes of its tensors (PyTorch's axis order) and its settings."""
+
+    program: ProgramName
+    node: str
+    operation: str
+    shapes: dict[str, Shape]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def kernel_uses(path: Path, program: ProgramName, sizes: dict[str, int]) -> list[KernelUse]:
+    """The uses in the ONNX file `path`, its named axes bound by `sizes`. Raises ValueError for an axis without size."""
+    model = onnx.load(path, load_external_data=False)
+    graph = _Graph(model, sizes)
+    found: list[KernelUse] = []
+    taken: set[str] = set()
+    for node in model.graph.node:
+        for use in _match(graph, program, node):
+            if use.operation == "output_head":
+                taken.add(node.input[0])
+            found.append(use)
+    # A norm inside an output head is not launched on its own.
+    return [use for use in found if not (use.operation == "group_norm" and _last(graph, use.node) in taken)]
+
+
+def output_shape(path: Path, sizes: dict[str, int]) -> Shape:
+    """The shape of a program's first output at these sizes."""
+    model = onnx.load(path, load_external_data=False)
+    return _shapes(model, sizes)[model.graph.output[0].name]
+
+
+class _Graph:
+    def __init__(self, model: onnx.ModelProto, sizes: dict[str, int]) -> None:
+        self.producer = {name: node for node in model.graph.node for name in node.output}
+        self.consumers: dict[str, list[NodeProto]] = {}
+        for node in model.graph.node:
+            for name in node.input:
+                self.consumers.setdefault(name, []).append(node)
+        self.shapes = _shapes(model, sizes)
+
+    def shape(self, name: str) -> Shape:
+        if name not in self.shapes:
+            raise ValueError(f"[build] the shape of {name} cannot be inferred; export the model again")
+        return self.shapes[name]
+
+    def silu_of(self, name: str) -> str | None:
+        """The output of x * sigmoid(x) where nothing else reads x."""
+        users = self.consumers.get(name, [])
+        if sorted(user.op_type for user in users) != ["Mul", "Sigmoid"]:
+            return None
+        product = next(user for user in users if user.op_type == "Mul")
+        sigmoid = next(user for user in users if user.op_type == "Sigmoid")
+        return str(product.output[0]) if sigmoid.output[0] in product.input else None
+
+
+def _shapes(model: onnx.ModelProto, sizes: dict[str, int]) -> dict[str, Shape]:
+    bound = onnx.ModelProto()
+    bound.CopyFrom(model)
+    for value in bound.graph.output:
+        for axis in value.type.tensor_type.shape.dim:
+            axis.Clear()
+    for value in bound.graph.input:
+        for axis in value.type.tensor_type.shape.dim:
+            if axis.dim_param:
+                if axis.dim_param not in sizes:
+                    raise ValueError(f"[build] axis {axis.dim_param} of {value.name} has no size")
+                axis.dim_value = sizes[axis.dim_param]
+    for node in bound.graph.node:
+        # onnx infers no shape through GroupNormalization; this one keeps its input's shape too.
+        if node.op_type == "GroupNormalization":
+            node.op_type = "InstanceNormalization"
+            del node.attribute[:]
+    inferred = onnx.shape_inference.infer_shapes(bound, data_prop=True)
+    values = (*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output)
+    shapes = {
+        value.name: tuple(axis.dim_value for axis in value.type.tensor_type.shape.dim) for value in values
+    }
+    shapes |= {weight.name: tuple(weight.dims) for weight in model.graph.initializer}
+    return {name: shape for name, shape in shapes.items() if 0 not in shape}
+
+
+def _match(graph: _Graph, program: ProgramName, node: NodeProto) -> Iterator[KernelUse]:
+    attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
+    place = {"program": program, "node": node.output[0]}
+    match node.op_type:
+        case "GroupNormalization":
+            yield KernelUse(
+                **place, operation="group_norm", shapes={"x": graph.shape(node.input[0])},
+                settings={
+                    "groups": attributes["num_groups"], "eps": round(attributes.get("epsilon", 1e-5), 12),
+                    "activation": "silu" if graph.silu_of(node.output[0]) else "none",
+                },
+            )  # fmt: skip
+        case "Conv":
+            shape = graph.shape(node.input[1])
+            if _is_plain(attributes, shape) and shape[0] <= FEW_CHANNELS and _norm_before(graph, node):
+                norm = _norm_before(graph, node)
+                assert norm is not None
+                settings = next(_match(graph, program, norm)).settings
+                x = graph.shape(norm.input[0])
+                yield KernelUse(**place, operation="output_head", shapes={"x": x, "weight": shape},
+                                settings=settings)  # fmt: skip
+            elif _is_plain(attributes, shape) and shape[1] <= FEW_CHANNELS:
+                x = graph.shape(node.input[0])
+                yield KernelUse(**place, operation="input_head", shapes={"x": x, "weight": shape})
+        case "ConvTranspose":
+            _, cout, *kernel = graph.shape(node.input[1])
+            doubles = set(attributes["strides"]) == {2} and set(attributes["pads"]) == {1}
+            if set(kernel) == {4} and doubles and attributes.get("group", 1) == 1:
+                x = graph.shape(node.input[0])
+                yield KernelUse(**place, operation="upsample_convolution", shapes={"x": x},
+                                settings={"channels": cout})  # fmt: skip
+        case "Softmax":
+            scores = _through(graph, node.input[0], {"Mul"})
+            if scores is not None and scores.op_type in ("Einsum", "MatMul"):
+                query = graph.shape(scores.input[0])
+                *batch, length, keys = graph.shape(node.output[0])
+                heads = (1, *batch)[-2:] if len(batch) == 1 else tuple(batch)
+                yield KernelUse(
+                    **place, operation="attention",
+                    shapes={"q": (*heads, length, query[-1]), "k": (*heads, keys, query[-1])},
+                )  # fmt: skip
+
+
+def _is_plain(attributes: dict[str, Any], weight: Shape) -> bool:
+    """A 3^3 or 3^2 convolution with stride 1 and padding 1."""
+    ones = all(set(attributes.get(name, [1])) == {1} for name in ("strides", "pads", "dilations"))
+    return set(weight[2:]) == {3} and ones and attributes.get("group", 1) == 1
+
+
+def _norm_before(graph: _Graph, convolution: NodeProto) -> NodeProto | None:
+    """The GroupNormalization whose result, perhaps after SiLU, only this convolution reads."""
+    name = convolution.input[0]
+    if len(graph.consumers[name]) > 1 or name not in graph.producer:
+        return None
+    node = graph.producer[name]
+    if node.op_type == "Mul":
+        candidates = [graph.producer.get(source) for source in node.input]
+        node = next((c for c in candidates if c is not None and graph.silu_of(c.output[0]) == name), node)
+    return node if node.op_type == "GroupNormalization" else None
+
+
+def _last(graph: _Graph, norm: str) -> str:
+    return graph.silu_of(norm) or norm
+
+
+def _through(graph: _Graph, name: str, kinds: set[str]) -> NodeProto | None:
+    node = graph.producer.get(name)
+    while node is not None and node.op_type in kinds:
+        node = next((graph.producer[source] for source in node.input if source in graph.producer), None)
+    return node
