@@ -69,6 +69,7 @@ def compile_launch(launch: Launch, capability: int) -> Cubin:
             f"[build] {launch.name} needs {metadata.shared} bytes of shared memory, sm_{capability} has "
             f"{CAPABILITIES[capability] * 1024} a block: choose another configuration"
         )
+    _check_calling_convention(compiled.asm["ptx"], signature)
     data = compiled.asm["cubin"]
     registers, spills = _resources(data)
     return Cubin(
@@ -101,6 +102,17 @@ def _source(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[
         else:
             signature[parameter.name] = parameter.annotation_type
     return signature, constants, attributes
+
+
+def _check_calling_convention(ptx: str, signature: dict[str, str]) -> None:
+    """What `Cubin.signature` promises: the arguments in order, then two scratch pointers."""
+    taken = len(re.findall(r"^\s*\.param ", ptx.partition(".entry")[2].partition(")")[0], re.MULTILINE))
+    promised = sum(kind != "constexpr" for kind in signature.values()) + 2
+    if taken != promised:
+        raise RuntimeError(
+            f"[build] this Triton ({triton.__version__}) passes {taken} parameters where {promised} were expected; "
+            "install the version that volcast was tested with"
+        )
 
 
 def _tool(name: str, data: bytes, *options: str) -> str:

@@ -79,14 +79,14 @@ def _store_sum(h, v, first_row, row, valid, channel, real, C1: tl.constexpr):
 def _statistics(
     x, residual, second, h, shift, sample, first, last, channel, real,
     C1: tl.constexpr, C2: tl.constexpr, rows,
-    GROUP: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
+    GROUP: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """(mean, M2) [GROUPS] of rows first..last - 1 of a sample; writes h on the way."""
     row = tl.arange(0, ROWS)
     mean = tl.zeros((ROWS, GROUPS * PADDED), tl.float32)
     m2 = tl.zeros((ROWS, GROUPS * PADDED), tl.float32)
     seen = 0.0
-    for start in range(first, last, ROWS):
+    for start in tl.range(first, last, ROWS, num_stages=STAGES):
         valid = row < last - start
         base = sample * rows + start
         v = _load(x, residual, second, shift, base, row, valid, channel, real, C1, C2)
@@ -118,12 +118,12 @@ def _spread(per_group, GROUPS: tl.constexpr, PADDED: tl.constexpr):
 @triton.jit
 def _apply(
     x, residual, second, shift, y, weight, bias, mean, inverse, sample, first, last, channel, real,
-    C1: tl.constexpr, C2: tl.constexpr, rows, SILU: tl.constexpr, ROWS: tl.constexpr,
+    C1: tl.constexpr, C2: tl.constexpr, rows, SILU: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.arange(0, ROWS)
     scale = tl.load(weight + channel, real, 0.0).to(tl.float32) * inverse
     offset = tl.load(bias + channel, real, 0.0).to(tl.float32)
-    for start in range(first, last, ROWS):
+    for start in tl.range(first, last, ROWS, num_stages=STAGES):
         valid = row < last - start
         base = sample * rows + start
         v = _load(x, residual, second, shift, base, row, valid, channel, real, C1, C2)
@@ -145,7 +145,7 @@ def partial_statistics(
     partial,  # float32 [N, groups, 2, programs]: mean, M2
     rows: tl.int64,
     C1: tl.constexpr, C2: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr,
-    ROWS: tl.constexpr, PROGRAMS: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     program, block, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     span = tl.cdiv(tl.cdiv(rows, PROGRAMS), ROWS) * ROWS
@@ -154,7 +154,7 @@ def partial_statistics(
     channel, real = _columns(block, C1 + C2, GROUP, PADDED, GROUPS)
     bump = _shift(shift, sample, channel, real, C1)
     mean, m2 = _statistics(x, residual, second, h, bump, sample, first, last, channel, real, C1, C2, rows,
-                           GROUP, PADDED, GROUPS, ROWS)  # fmt: skip
+                           GROUP, PADDED, GROUPS, ROWS, STAGES)  # fmt: skip
     group = block * GROUPS + tl.arange(0, GROUPS)
     total: tl.constexpr = (C1 + C2) // GROUP
     out = partial + (sample * total + group) * (2 * PROGRAMS) + program
@@ -174,7 +174,8 @@ def normalize(
     rows: tl.int64,
     EPS: tl.constexpr, SILU: tl.constexpr,
     C1: tl.constexpr, C2: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr,
-    ROWS: tl.constexpr, PROGRAMS: tl.constexpr, PARTIAL_ROWS: tl.constexpr, PARTIAL_PROGRAMS: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr, PROGRAMS: tl.constexpr,
+    PARTIAL_ROWS: tl.constexpr, PARTIAL_PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     program, block, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     group = block * GROUPS + tl.arange(0, GROUPS)
@@ -185,7 +186,7 @@ def normalize(
     channel, real = _columns(block, C1 + C2, GROUP, PADDED, GROUPS)
     bump = _shift(shift, sample, channel, real, C1)
     _apply(x, None, second, bump, y, weight, bias, _spread(mean, GROUPS, PADDED), _spread(inverse, GROUPS, PADDED),
-           sample, first, last, channel, real, C1, C2, rows, SILU, ROWS)  # fmt: skip
+           sample, first, last, channel, real, C1, C2, rows, SILU, ROWS, STAGES)  # fmt: skip
 
 
 @triton.jit
@@ -223,17 +224,17 @@ def single_group_norm(
     rows: tl.int64,
     EPS: tl.constexpr, SILU: tl.constexpr,
     C1: tl.constexpr, C2: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     block, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first = rows * 0
     channel, real = _columns(block, C1 + C2, GROUP, PADDED, GROUPS)
     bump = _shift(shift, sample, channel, real, C1)
     mean, m2 = _statistics(x, residual, second, h, bump, sample, first, rows, channel, real, C1, C2, rows,
-                           GROUP, PADDED, GROUPS, ROWS)  # fmt: skip
+                           GROUP, PADDED, GROUPS, ROWS, STAGES)  # fmt: skip
     inverse = 1.0 / tl.sqrt(m2 / (rows.to(tl.float32) * GROUP) + EPS)
     _apply(x, residual, second, bump, y, weight, bias, _spread(mean, GROUPS, PADDED),
-           _spread(inverse, GROUPS, PADDED), sample, first, rows, channel, real, C1, C2, rows, SILU, ROWS)  # fmt: skip
+           _spread(inverse, GROUPS, PADDED), sample, first, rows, channel, real, C1, C2, rows, SILU, ROWS, STAGES)  # fmt: skip
 
 
 def group_norm_launches(
@@ -253,7 +254,7 @@ def group_norm_launches(
     single = configuration("group_norm_single", x.dtype, rows * group)
     if rows * group <= single["group_elements"]:
         shape = _tile(
-            c1, c2, groups, max(1, single["row_bytes"] // (group * x.itemsize)), single["tile"], rows
+            c1, c2, groups, max(1, single["row_bytes"] // (group * x.itemsize)), single, rows
         )
         launch = Launch(
             kernel=single_group_norm,
@@ -265,7 +266,7 @@ def group_norm_launches(
         return y, x if h is None else h, [launch]
     first, partial, _ = statistics_launch(x, groups, shift, residual, second, h)
     split = configuration("group_norm_split", x.dtype, rows * (c1 + c2))
-    shape = _tile(c1, c2, groups, max(1, split["columns"] // group), split["tile"], rows)
+    shape = _tile(c1, c2, groups, max(1, split["columns"] // group), split, rows)
     last = Launch(
         kernel=normalize,
         grid=(split["apply_programs"], triton.cdiv(groups, shape["GROUPS"]), n),
@@ -290,7 +291,7 @@ def statistics_launch(
     c2 = 0 if second is None else second.shape[1]
     rows = torch.Size(spatial).numel()
     split = configuration("group_norm_split", x.dtype, rows * (c1 + c2))
-    shape = _tile(c1, c2, groups, max(1, split["columns"] // ((c1 + c2) // groups)), split["tile"], rows)
+    shape = _tile(c1, c2, groups, max(1, split["columns"] // ((c1 + c2) // groups)), split, rows)
     programs = split["programs"]
     partial = torch.empty((n, groups, 2, programs), dtype=torch.float32, device=x.device)
     launch = Launch(
@@ -304,10 +305,13 @@ def statistics_launch(
     return launch, partial, {"ROWS": shape["ROWS"], "PROGRAMS": programs}
 
 
-def _tile(c1: int, c2: int, groups: int, groups_a_block: int, elements: int, rows: int) -> dict[str, int]:
-    """Constants of a tile [ROWS, GROUPS * PADDED] of about `elements` elements."""
+def _tile(
+    c1: int, c2: int, groups: int, groups_a_block: int, settings: dict[str, int], rows: int
+) -> dict[str, int]:
+    """Constants of a tile [ROWS, GROUPS * PADDED] of about `settings["tile"]` elements."""
     group = (c1 + c2) // groups
     padded = triton.next_power_of_2(group)
     block = triton.next_power_of_2(min(groups_a_block, groups))
-    height = max(1, min(elements // (block * padded), triton.next_power_of_2(rows)))
-    return {"C1": c1, "C2": c2, "GROUP": group, "PADDED": padded, "GROUPS": block, "ROWS": height}
+    height = max(1, min(settings["tile"] // (block * padded), triton.next_power_of_2(rows)))
+    return {"C1": c1, "C2": c2, "GROUP": group, "PADDED": padded, "GROUPS": block, "ROWS": height,
+            "STAGES": settings["stages"]}  # fmt: skip
