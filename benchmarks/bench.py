@@ -19,7 +19,7 @@ import numpy as np
 import volcast
 from volcast.runtime.engine_auto import physical_cores
 
-PACKAGES = ("volcast", "numpy", "torch", "monai", "onnx", "onnxruntime", "openvino")
+PACKAGES = ("volcast", "numpy", "torch", "triton", "monai", "onnx", "onnxruntime", "openvino")
 
 
 @final

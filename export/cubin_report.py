@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from volcast.runtime.cubins import CubinManifest, KernelSpec
@@ -9,12 +10,14 @@ from volcast.runtime.cubins import CubinManifest, KernelSpec
 
 def as_table(manifest: CubinManifest, folder: Path) -> str:
     """One row a kernel and device: registers a thread, spilled bytes a thread, shared memory a block."""
-    uses: dict[str, int] = {}
-    for use in manifest.uses:
-        for launch in use.launches:
-            uses[launch.kernel] = uses.get(launch.kernel, 0) + 1
+    uses = Counter(
+        (launch.kernel, sm)
+        for use in manifest.uses
+        for sm, launches in use.launches.items()
+        for launch in launches
+    )
     rows = [
-        (kernel.kernel, _constants(kernel), str(uses[key]), sm, str(cubin.registers), str(cubin.spill_bytes),
+        (kernel.kernel, _constants(kernel), str(uses[key, sm]), sm, str(cubin.registers), str(cubin.spill_bytes),
          f"{cubin.shared_bytes / 1024:.1f}")
         for key, kernel in manifest.kernels.items()
         for sm, cubin in kernel.files.items()
@@ -29,8 +32,11 @@ def as_table(manifest: CubinManifest, folder: Path) -> str:
     size = sum((folder / file).stat().st_size for file in files)
     lines.append(
         f"{folder}: {len(manifest.kernels)} kernels, {len(files)} cubins, {size / 2**20:.1f} MiB, for "
-        f"{len(manifest.uses)} operations of {manifest.name} in {manifest.precision}, batch {manifest.batch}"
+        f"{sum(use.left_out is None for use in manifest.uses)} operations of {manifest.name} in {manifest.precision}, batch {manifest.batch}"
     )
+    lines += [
+        f"no kernel for {use.operation} {use.node}: {use.left_out}" for use in manifest.uses if use.left_out
+    ]
     return "\n".join(lines)
 
 

@@ -60,16 +60,29 @@ def build_cubins(
         raise ValueError(f"[build] sm={', '.join(map(str, unknown)) or 'none'}: need some of {known}")
     spec = read_artifact(artifact)
     uses = artifact_uses(artifact, spec, batch, size)
-    launches = [(use, use_launches(use, DTYPES[precision])) for use in uses]
-    wanted = {_key(launch): launch for _, some in launches for launch in some}
-    total = len(wanted) * len(capabilities)
+    devices = sorted(set(capabilities))
+    left_out: dict[int, str] = {}
+    launches: dict[int, list[list[Launch]]] = {sm: [] for sm in devices}
+    for sm in devices:
+        for place, use in enumerate(uses):
+            try:
+                launches[sm].append(use_launches(use, DTYPES[precision], sm))
+            except ValueError as error:  # a contract that its channels or heads do not meet
+                launches[sm].append([])
+                left_out[place] = str(error)
+    wanted: dict[str, dict[int, Launch]] = {}
+    for sm in devices:
+        for launch in (launch for some in launches[sm] for launch in some):
+            wanted.setdefault(_key(launch), {})[sm] = launch
+    total, done = sum(map(len, wanted.values())), 0
     with atomic_folder(folder, replace=replace) as temporary:
         kernels: dict[str, KernelSpec] = {}
-        for key, launch in wanted.items():
+        for key, by_device in wanted.items():
             built = {}
-            for sm in sorted(set(capabilities)):
+            for sm, launch in by_device.items():
                 built[sm] = compile_launch(launch, sm)
-                progress(len(kernels) * len(capabilities) + len(built), total)
+                done += 1
+                progress(done, total)
             kernels[key] = _write(temporary, key, launch, built)
         manifest = CubinManifest(
             format=CUBIN_FORMAT,
@@ -81,9 +94,14 @@ def build_cubins(
             triton_version=version("triton"),
             kernels=kernels,
             uses=tuple(
-                UseSpec(program=use.program, node=use.node, operation=use.operation,
-                        launches=tuple(_launch(launch) for launch in some))
-                for use, some in launches
+                UseSpec(
+                    program=use.program,
+                    node=use.node,
+                    operation=use.operation,
+                    launches={f"sm_{sm}": tuple(map(_launch, launches[sm][place])) for sm in devices},
+                    left_out=left_out.get(place),
+                )
+                for place, use in enumerate(uses)
             ),
         )  # fmt: skip
         (temporary / CUBINS).write_text(manifest.model_dump_json(indent=1))

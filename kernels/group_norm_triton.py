@@ -10,7 +10,8 @@ rows of channels, so all multiprocessors work, and v is read twice and y written
 - single, one launch: one program per sample and few groups reads its groups twice, the second time from L1 or L2.
 
 Statistics are Welford's in float32 per position of the tile, so neither a large mean nor float16's range hurts.
-Offsets: 64 bits per tile, 32 within. The order of every sum is fixed: the same input gives the same bits.
+Offsets: 64 bits per tile, 32 within; `rows` is not specialised, so another size of volume compiles nothing new. The
+order of every sum is fixed: the same input gives the same bits.
 """
 
 # Kernel arguments are blocks and constants of the kernel language, not Python types:
@@ -135,7 +136,7 @@ def _apply(
         tl.store(y + base * (C1 + C2) + at, v.to(y.dtype.element_ty), valid[:, None] & real[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def partial_statistics(
     x,  # [N, rows, C1]
     residual,  # as x, or None
@@ -162,7 +163,7 @@ def partial_statistics(
     tl.store(out + PROGRAMS, m2, group < total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def normalize(
     x,  # [N, rows, C1]; what partial_statistics read, or the h that it wrote
     second,  # [N, rows, C2], or None
@@ -211,7 +212,7 @@ def merged(
     return mean, 1.0 / tl.sqrt(variance + EPS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def single_group_norm(
     x,  # [N, rows, C1]
     residual,  # as x, or None
@@ -267,15 +268,17 @@ def group_norm_launches(
     first, partial, _ = statistics_launch(x, groups, shift, residual, second, h)
     split = configuration("group_norm_split", x.dtype, rows * (c1 + c2))
     shape = _tile(c1, c2, groups, max(1, split["columns"] // group), split, rows)
+    blocks = triton.cdiv(groups, shape["GROUPS"])
+    programs = max(1, split["apply_programs"] // blocks)
     last = Launch(
         kernel=normalize,
-        grid=(split["apply_programs"], triton.cdiv(groups, shape["GROUPS"]), n),
+        grid=(programs, blocks, n),
         arguments={
             "x": x if h is None else h, "second": second, "shift": shift if h is None else None,
             **affine, "partial": partial, "rows": rows,
         },
         constants={
-            **norm, **shape, "PROGRAMS": split["apply_programs"],
+            **norm, **shape, "PROGRAMS": programs,
             "PARTIAL_ROWS": first.constants["ROWS"], "PARTIAL_PROGRAMS": first.constants["PROGRAMS"],
         },
         warps=split["warps"],
@@ -292,11 +295,13 @@ def statistics_launch(
     rows = torch.Size(spatial).numel()
     split = configuration("group_norm_split", x.dtype, rows * (c1 + c2))
     shape = _tile(c1, c2, groups, max(1, split["columns"] // ((c1 + c2) // groups)), split, rows)
-    programs = split["programs"]
+    blocks = triton.cdiv(groups, shape["GROUPS"])
+    # Blocks of channels share the programs of a sample: each then has more rows, and fewer to merge.
+    programs = max(1, split["programs"] // blocks)
     partial = torch.empty((n, groups, 2, programs), dtype=torch.float32, device=x.device)
     launch = Launch(
         kernel=partial_statistics,
-        grid=(programs, triton.cdiv(groups, shape["GROUPS"]), n),
+        grid=(programs, blocks, n),
         arguments={"x": x, "residual": residual, "second": second, "shift": shift, "h": h, "partial": partial,
                    "rows": rows},
         constants={**shape, "PROGRAMS": programs},

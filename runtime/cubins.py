@@ -64,12 +64,16 @@ class LaunchSpec(Frozen):
 
 
 class UseSpec(Frozen):
-    """One operation of a program, at the sizes that were built for: launches in order."""
+    """One operation of a program, at the sizes that were built for: launches in order, for each device.
+
+    `left_out` says why no kernel takes it: the engine's own operators run it.
+    """
 
     program: Literal["step", "decode", "encode", "sampler"]
     node: str
     operation: str
-    launches: tuple[LaunchSpec, ...]
+    launches: dict[Capability, tuple[LaunchSpec, ...]]
+    left_out: str | None = None
 
 
 class CubinManifest(Frozen):

@@ -78,7 +78,9 @@ def latent_sizes(
         if isinstance(name, str):
             check_size(operation, spec.axis(name), value)
             if sizes.setdefault(name, value) != value:
-                raise ValueError(f"[{operation}] size={wanted}: the model needs equal sizes along axis {name}")
+                raise ValueError(
+                    f"[{operation}] size={wanted}: the model needs equal sizes along axis {name}"
+                )
         elif name != value:
             raise ValueError(f"[{operation}] size={wanted}: this model was exported for {default} only")
     return wanted, sizes

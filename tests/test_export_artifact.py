@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from monai.networks.nets import DiffusionModelUNet
@@ -13,13 +16,15 @@ from monai.networks.schedulers import DDIMScheduler
 
 from volcast.export.artifact import export_bundle
 from volcast.export.bundle import Bundle
+from volcast.export.kernel_launches import use_launches
 from volcast.export.networks import Denoiser, plain_modules
+from volcast.export.to_cubin import artifact_uses
 from volcast.runtime import artifact as artifacts
 from volcast.runtime.engine_auto import open_engine
 from volcast.runtime.noise import request_noise
 from volcast.runtime.pipeline import load
 from volcast.runtime.programs import Programs
-from volcast.runtime.spec import ConditionSpec, Precision, SchedulerSpec
+from volcast.runtime.spec import ArtifactSpec, ConditionSpec, Precision, SchedulerSpec
 
 ZOO = ["brats_3d", "brats_2d", "brain_ldm", "maisi_rflow"]
 
@@ -30,12 +35,36 @@ def relative(result: np.ndarray, wanted: torch.Tensor) -> float:
     return float(np.linalg.norm(result - exact) / np.linalg.norm(exact))
 
 
+def check_kernel_uses(artifact: Path, spec: ArtifactSpec) -> None:
+    """Every norm, softmax and phase convolution of the graphs is found, with launches or a reason."""
+    uses = artifact_uses(artifact, spec, 1)
+    nodes = Counter(
+        (program, node.op_type)
+        for program in {"step", "decode", "encode"} & spec.programs.keys()
+        for node in onnx.load(artifact / f"{program}.onnx", load_external_data=False).graph.node
+    )
+    found = Counter((use.program, use.operation) for use in uses)
+    for program in {program for program, _ in nodes}:
+        heads = found[program, "output_head"]
+        assert found[program, "group_norm"] + heads == nodes[program, "GroupNormalization"] > 0
+        assert found[program, "attention"] == nodes[program, "Softmax"]
+        assert found[program, "upsample_convolution"] == nodes[program, "ConvTranspose"]
+        assert found[program, "input_head"] <= 1 and heads <= 1
+    for use in uses:
+        try:
+            assert use_launches(use, torch.float16, 90)
+        except ValueError as error:
+            # The narrowed networks have channels and heads that a contract refuses.
+            assert re.search(r"multiple of|need", str(error))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ZOO)
 def test_zoo_bundles_export_and_agree_with_monai(zoo_bundle: Any, tmp_path: Path, name: str) -> None:
     bundle = zoo_bundle(name)
     spec = export_bundle(bundle, tmp_path / "artifact")
     assert artifacts.read_artifact(tmp_path / "artifact") == spec
+    check_kernel_uses(tmp_path / "artifact", spec)
     # MAISI adds its conditions to the time embedding: what follows depends on both and stays in the step.
     share = 1 if name == "maisi_rflow" else 0.85
     assert spec.programs["step"].nodes < share * spec.programs["step"].nodes_before

@@ -1,0 +1,276 @@
+"""The shapes that the kernels are judged by: layers of MONAI's brain LDM, BraTS and MAISI networks, in float16.
+
+A case makes its tensors on any device; on `meta` they have shapes and no memory, which is enough to compile for a GPU
+that is not here. Peers are the ways in which a PyTorch user would write the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from volcast.kernels.attention import attention
+from volcast.kernels.input_head import input_head
+
+from volcast.kernels.group_norm import group_norm
+from volcast.kernels.output_head import output_head
+from volcast.kernels.sampler_step import plan_table, sampler_step, step_counter
+from volcast.kernels.upsample_convolution import phase_weights, upsample_convolution
+
+HALF = torch.float16
+Call = Callable[[], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one call must at least do: bytes of device memory, floating-point operations (a multiply-add is two) of
+    the tensor cores, and results of the special function unit (exponentials, reciprocals)."""
+
+    bytes: int
+    flops: int = 0
+    special: int = 0
+
+    def roofline_ms(self) -> float:
+        """The largest of the three at an H100's practical peaks: 3.0 TB/s, 798 TFLOP/s, 3.7e12 special a second."""
+        return 1e3 * max(self.bytes / 3.0e12, self.flops / 798e12, self.special / 3.7e12)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """`reach_ms` is the target on one H100. `subject(device)` gives the fused call and its peers, by name."""
+
+    name: str
+    operation: str
+    reach_ms: float | None
+    cost: Cost
+    subject: Callable[[torch.device], tuple[Call, dict[str, Call]]]
+    launches: Callable[[int], list[Any]]  # by compute capability, from tensors on `meta`
+
+
+def volume(device: torch.device, *shape: int) -> Tensor:
+    n, c, *spatial = shape
+    return torch.randn((n, *spatial, c), dtype=HALF, device=device).movedim(-1, 1)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _norm(channels: int, *spatial: int, reach: float) -> Case:
+    voxels = torch.Size(spatial).numel()
+
+    def subject(device: torch.device) -> tuple[Call, dict[str, Call]]:
+        x = volume(device, 1, channels, *spatial)
+        weight, bias = torch.randn(2, channels, device=device).to(HALF)
+
+        def eager(v: Tensor) -> Tensor:
+            return F.silu(F.group_norm(v, 32, weight, bias, 1e-6))
+
+        compiled, planar = torch.compile(eager), x.contiguous()
+        return lambda: group_norm(x, 32, weight, bias, activation="silu"), {
+            "PyTorch, NDHWC": lambda: eager(x),
+            "PyTorch, NCDHW": lambda: eager(planar),
+            "torch.compile, NDHWC": lambda: compiled(x),
+            "copy_ of one tensor": lambda: torch.empty_like(x).copy_(x),
+        }
+
+    def launches(capability: int) -> list[Any]:
+        from volcast.kernels.group_norm_triton import group_norm_launches
+
+        x, affine = empty(1, *spatial, channels, dtype=HALF).movedim(-1, 1), empty(channels)
+        return group_norm_launches(x, 32, affine, affine, 1e-6, "silu", None, None, None)[2]
+
+    elements = channels * voxels
+    return Case(
+        name=f"GroupNorm + SiLU, {channels} ch @ {_times(spatial)}", operation="group_norm", reach_ms=reach,
+        cost=Cost(bytes=6 * elements, special=2 * elements), subject=subject, launches=launches,
+    )  # fmt: skip
+
+
+def _output_head(channels: int, out: int, *spatial: int, reach: float) -> Case:
+    voxels = torch.Size(spatial).numel()
+
+    def subject(device: torch.device) -> tuple[Call, dict[str, Call]]:
+        x = volume(device, 1, channels, *spatial)
+        norm_weight, norm_bias = torch.randn(2, channels, device=device).to(HALF)
+        weight = torch.randn(out, channels, 3, 3, 3, device=device).to(HALF) / channels**0.5
+        bias = torch.randn(out, device=device).to(HALF)
+        last = weight.contiguous(memory_format=torch.channels_last_3d)
+
+        def eager(v: Tensor) -> Tensor:
+            return F.conv3d(F.silu(F.group_norm(v, 32, norm_weight, norm_bias, 1e-6)), last, bias, padding=1)
+
+        def convolution_alone() -> Tensor:
+            return F.conv3d(x, last, bias, padding=1)
+
+        compiled = torch.compile(eager)
+        return lambda: output_head(x, 32, norm_weight, norm_bias, weight, bias), {
+            "PyTorch, NDHWC": lambda: eager(x),
+            "torch.compile, NDHWC": lambda: compiled(x),
+            "its convolution alone, cuDNN": convolution_alone,
+        }
+
+    def launches(capability: int) -> list[Any]:
+        from volcast.kernels.output_head_triton import output_head_launches
+
+        x, affine = empty(1, *spatial, channels, dtype=HALF).movedim(-1, 1), empty(channels)
+        weight = empty(out, channels, 3, 3, 3, dtype=HALF)
+        return output_head_launches(x, 32, affine, affine, weight, empty(out), 1e-6, "silu")[1]
+
+    return Case(
+        name=f"GroupNorm + SiLU + {channels}->{out} conv @ {_times(spatial)}", operation="output_head",
+        reach_ms=reach, cost=Cost(bytes=voxels * (4 * channels + 2 * out), flops=54 * channels * out * voxels,
+        special=2 * channels * voxels), subject=subject, launches=launches,
+    )  # fmt: skip
+
+
+def _input_head(channels: int, out: int, *spatial: int) -> Case:
+    voxels = torch.Size(spatial).numel()
+
+    def subject(device: torch.device) -> tuple[Call, dict[str, Call]]:
+        x = volume(device, 1, channels, *spatial)
+        weight = torch.randn(out, channels, 3, 3, 3, device=device).to(HALF)
+        bias = torch.randn(out, device=device).to(HALF)
+        last = weight.contiguous(memory_format=torch.channels_last_3d)
+        return lambda: input_head(x, weight, bias), {
+            "cuDNN, NDHWC": lambda: F.conv3d(x, last, bias, padding=1),
+            "cuDNN, NCDHW": lambda: F.conv3d(x.contiguous(), weight, bias, padding=1),
+        }
+
+    def launches(capability: int) -> list[Any]:
+        from volcast.kernels.input_head_triton import input_head_launches
+
+        x = empty(1, *spatial, channels, dtype=HALF).movedim(-1, 1)
+        return input_head_launches(x, empty(out, channels, 3, 3, 3, dtype=HALF), empty(out))[1]
+
+    return Case(
+        name=f"{channels}->{out} conv @ {_times(spatial)}", operation="input_head", reach_ms=None,
+        cost=Cost(bytes=2 * voxels * (channels + out), flops=54 * channels * out * voxels), subject=subject,
+        launches=launches,
+    )  # fmt: skip
+
+
+def _upsample(channels: int, *spatial: int, reach: float) -> Case:
+    voxels = torch.Size(spatial).numel()
+
+    def subject(device: torch.device) -> tuple[Call, dict[str, Call]]:
+        x = volume(device, 1, channels, *spatial)
+        weight = torch.randn(channels, channels, 3, 3, 3, device=device).to(HALF) / channels**0.5
+        bias = torch.randn(channels, device=device).to(HALF)
+        packed = phase_weights(weight)
+        last = weight.contiguous(memory_format=torch.channels_last_3d)
+
+        def eager(v: Tensor) -> Tensor:
+            return F.conv3d(F.interpolate(v, scale_factor=2.0, mode="nearest"), last, bias, padding=1)
+
+        compiled = torch.compile(eager)
+        return lambda: upsample_convolution(x, packed, bias), {
+            "PyTorch, NDHWC": lambda: eager(x),
+            "torch.compile, NDHWC": lambda: compiled(x),
+        }
+
+    def launches(capability: int) -> list[Any]:
+        from volcast.kernels.upsample_convolution_triton import upsample_convolution_launches
+
+        x = empty(1, *spatial, channels, dtype=HALF).movedim(-1, 1)
+        weights = empty(8, 8, channels, channels, dtype=HALF)
+        return upsample_convolution_launches(x, weights, empty(channels), capability)[1]
+
+    return Case(
+        name=f"nearest x2 + {channels}->{channels} conv to {_times([2 * size for size in spatial])}",
+        operation="upsample_convolution", reach_ms=reach,
+        cost=Cost(bytes=2 * channels * voxels * 9, flops=2 * 64 * channels**2 * voxels), subject=subject,
+        launches=launches,
+    )  # fmt: skip
+
+
+def _attention(heads: int, width: int, length: int, reach: float) -> Case:
+    def subject(device: torch.device) -> tuple[Call, dict[str, Call]]:
+        q, k, v = torch.randn(3, 1, length, heads, width, device=device).to(HALF).transpose(2, 3)
+        return lambda: attention(q, k, v, impl="triton"), {
+            "SDPA": lambda: F.scaled_dot_product_attention(q, k, v)
+        }
+
+    def launches(capability: int) -> list[Any]:
+        from volcast.kernels.attention_triton import attention_launches
+
+        q = empty(1, length, heads, width, dtype=HALF).transpose(1, 2)
+        return attention_launches(q, q, q, width**-0.5)[1]
+
+    return Case(
+        name=f"attention, {heads} x {width}, L={length}", operation="attention", reach_ms=reach,
+        cost=Cost(bytes=8 * heads * width * length, flops=4 * heads * width * length**2,
+                  special=heads * length**2), subject=subject, launches=launches,
+    )  # fmt: skip
+
+
+def _sampler_step(channels: int, *spatial: int) -> Case:
+    """One stochastic DDIM step with guidance, the network in float16."""
+
+    def tensors(device: torch.device) -> dict[str, Any]:
+        x = volume(device, 1, channels, *spatial).float()
+        rows = np.zeros(1, [*((name, "f8") for name in ("a", "d", "p", "q", "lo", "hi", "e", "c")), ("b", "f8", 3),
+                            ("read", "i4", 3), ("write", "i4"), ("from_saved", "?"), ("save", "?")])  # fmt: skip
+        rows["a"], rows["d"], rows["c"], rows["read"], rows["write"] = 0.99, -0.1, 0.05, -1, -1
+        one = torch.ones(1, dtype=torch.int64, device=device)
+        return {
+            "x": x, "out": x.half(), "uncond": x.half(), "guidance": one.double(), "network_input": x.half(),
+            "table": plan_table(rows, device), "counter": step_counter(1, device), "seeds": one, "samples": one,
+        }  # fmt: skip
+
+    def subject(device: torch.device) -> tuple[Call, dict[str, Call]]:
+        given = tensors(device)
+        x, out, uncond, shown = (given[name].clone() for name in ("x", "out", "uncond", "network_input"))
+        fresh = given["counter"].clone()
+
+        def fused() -> Tensor:
+            given["counter"].copy_(fresh)
+            sampler_step(**given)
+            return given["x"]
+
+        def eager() -> Tensor:
+            guided = uncond.float() + 1.0 * (out.float() - uncond.float())
+            x.copy_(0.99 * x - 0.1 * guided + 0.05 * torch.randn_like(x))
+            shown.copy_(x)
+            return x
+
+        return fused, {"PyTorch": eager, "torch.compile": torch.compile(eager)}
+
+    def launches(capability: int) -> list[Any]:
+        from volcast.kernels.sampler_step_triton import sampler_step_launches
+
+        x = empty(1, *spatial, channels).movedim(-1, 1)
+        one = empty(1, dtype=torch.int64)
+        weights, slots = empty(1, 11, dtype=torch.float64), empty(1, 6, dtype=torch.int32)
+        return sampler_step_launches(x, x.half(), x.half(), one.double(), None, None, x.half(), weights, slots,
+                                     empty(3, dtype=torch.int32), one, one)  # fmt: skip
+
+    elements = channels * torch.Size(spatial).numel()
+    return Case(
+        name=f"guidance + DDIM row + noise, {channels} ch @ {_times(spatial)}", operation="sampler_step",
+        reach_ms=None, cost=Cost(bytes=14 * elements), subject=subject, launches=launches,
+    )  # fmt: skip
+
+
+def _times(sizes: Any) -> str:
+    return "x".join(map(str, sizes))
+
+
+CASES = (
+    _norm(64, 160, 224, 160, reach=0.85),
+    _norm(256, 20, 28, 20, reach=0.008),
+    _norm(512, 10, 14, 10, reach=0.005),
+    _output_head(64, 1, 160, 224, 160, reach=0.65),
+    _output_head(256, 3, 20, 28, 20, reach=0.012),
+    _upsample(128, 80, 112, 80, reach=3.2),
+    _attention(1, 512, 1400, reach=0.040),
+    _attention(1, 768, 175, reach=0.012),
+    _attention(8, 32, 32768, reach=3.0),
+    _input_head(1, 64, 160, 224, 160),
+    _sampler_step(8, 36, 44, 28),
+)
