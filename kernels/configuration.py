@@ -18,7 +18,7 @@ import torch
 
 TABLE = Path(__file__).with_name("configurations.json")
 
-
+_consulted: ContextVar[set[tuple[str, int]] | None] = ContextVar("consulted", default=None)
 _pinned: ContextVar[Mapping[str, Mapping[str, int]]] = ContextVar("pinned", default={})  # noqa: B039
 
 
@@ -32,8 +32,11 @@ def configuration(kernel: str, dtype: torch.dtype, size: int) -> dict[str, int]:
     if kernel in _pinned.get():
         return dict(_pinned.get()[kernel])
     name = str(dtype).removeprefix("torch.")
-    for row in table()[kernel]["rows"]:
+    for place, row in enumerate(table()[kernel]["rows"]):
         if name in row["dtypes"] and (row["up_to"] is None or size <= row["up_to"]):
+            noted = _consulted.get()
+            if noted is not None:
+                noted.add((kernel, place))
             return dict(row["settings"])
     raise LookupError(f"[{kernel}] no configuration for {name}, size {size} in {TABLE.name}")
 
@@ -46,3 +49,14 @@ def pinned(settings: Mapping[str, Mapping[str, int]]) -> Iterator[None]:
         yield
     finally:
         _pinned.reset(token)
+
+
+@contextmanager
+def consulted() -> Iterator[set[tuple[str, int]]]:
+    """Within the block every row that `configuration` takes is added to the set: (kernel, place among its rows)."""
+    rows: set[tuple[str, int]] = set()
+    token = _consulted.set(rows)
+    try:
+        yield rows
+    finally:
+        _consulted.reset(token)

@@ -50,9 +50,15 @@ class Launch:
         self.kernel[self.grid](**self.arguments, **self.constants, **self.options())
 
 
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory for the tensor descriptors that a kernel makes; PyTorch's blocks are aligned and freed in stream order."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
 def run(launches: Sequence[Launch], device: torch.device) -> None:
     """Run them in order on the current stream of `device`."""
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    triton.set_allocator(_scratch)  # per context: what one thread sets at import, another does not see
     with guard:
         for launch in launches:
             launch()
