@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from volcast.kernels.compile_triton import CAPABILITIES, Cubin, compile_launch
+from volcast.kernels.compile_triton import CAPABILITIES, Cubin, compile_launch, is_aligned
 from volcast.kernels.launch_triton import Launch
 from volcast.runtime.artifact import MANIFEST, read_artifact
 from volcast.runtime.atomic import atomic_folder, sha256
@@ -98,7 +98,7 @@ def build_cubins(
                     program=use.program,
                     node=use.node,
                     operation=use.operation,
-                    launches={f"sm_{sm}": tuple(map(_launch, launches[sm][place])) for sm in devices},
+                    launches={f"sm_{sm}": _use(launches[sm][place]) for sm in devices},
                     left_out=left_out.get(place),
                 )
                 for place, use in enumerate(uses)
@@ -135,8 +135,10 @@ def artifact_uses(
 
 def _key(launch: Launch) -> str:
     """Equal for launches that one cubin serves."""
-    types = {name: str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
-             for name, value in launch.arguments.items()}  # fmt: skip
+    types = {
+        name: f"{value.dtype} {is_aligned(value)}" if isinstance(value, Tensor) else type(value).__name__
+        for name, value in launch.arguments.items()
+    }
     parts = [types, _plain(launch.constants), launch.options()]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return f"{launch.name}-{digest[:16]}"
@@ -166,17 +168,26 @@ def _write(folder: Path, key: str, launch: Launch, built: dict[int, Cubin]) -> K
     )  # fmt: skip
 
 
-def _launch(launch: Launch) -> LaunchSpec:
-    tensors = {name: value for name, value in launch.arguments.items() if isinstance(value, Tensor)}
-    return LaunchSpec(
-        kernel=_key(launch),
-        grid=launch.grid,
-        tensors={
-            name: TensorArgument(dtype=str(value.dtype).removeprefix("torch."), shape=tuple(value.shape),
-                                 strides=value.stride())
-            for name, value in tensors.items()
-        },
-        numbers={
-            name: value for name, value in launch.arguments.items() if isinstance(value, int | float)
-        },
-    )  # fmt: skip
+def _use(launches: Sequence[Launch]) -> tuple[LaunchSpec, ...]:
+    buffers: dict[int, int] = {}
+
+    def argument(view: Tensor) -> TensorArgument:
+        storage = view.untyped_storage()._cdata
+        return TensorArgument(
+            buffer=buffers.setdefault(storage, len(buffers)), dtype=str(view.dtype).removeprefix("torch."),
+            shape=tuple(view.shape), strides=view.stride(), offset=int(view.storage_offset()),
+        )  # fmt: skip
+
+    return tuple(
+        LaunchSpec(
+            kernel=_key(launch),
+            grid=launch.grid,
+            tensors={
+                name: argument(value) for name, value in launch.arguments.items() if isinstance(value, Tensor)
+            },
+            numbers={
+                name: value for name, value in launch.arguments.items() if isinstance(value, int | float)
+            },
+        )
+        for launch in launches
+    )

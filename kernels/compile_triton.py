@@ -51,7 +51,7 @@ class Cubin:
 
 
 def compile_launch(launch: Launch, capability: int) -> Cubin:
-    """Compile for a compute capability (90 for 9.0). Pointers are taken to be multiples of 16 bytes, as PyTorch's are.
+    """Compile for a compute capability (90 for 9.0). Buffers are taken to start at multiples of 16 bytes, as PyTorch's do.
 
     Raises ValueError for a capability that is not listed, or a kernel whose shared memory does not fit it.
     """
@@ -98,10 +98,16 @@ def _source(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[
             constants[parameter.name] = value
         elif isinstance(value, Tensor):
             signature[parameter.name] = _POINTERS[value.dtype]
-            attributes[(position,)] = [["tt.divisibility", 16]]
+            if is_aligned(value):
+                attributes[(position,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = parameter.annotation_type
     return signature, constants, attributes
+
+
+def is_aligned(tensor: Tensor) -> bool:
+    """Whether a view starts at a multiple of 16 bytes of its buffer, which starts at one itself."""
+    return tensor.storage_offset() * tensor.itemsize % 16 == 0
 
 
 def _check_calling_convention(ptx: str, signature: dict[str, str]) -> None:

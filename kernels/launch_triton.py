@@ -35,6 +35,14 @@ class Launch:
     stages: int = 1
     fuse_multiply_add: bool = True
 
+    def __post_init__(self) -> None:
+        limits = (2**31 - 1, 65535, 65535)
+        if any(not 1 <= size <= limit for size, limit in zip(self.grid, limits, strict=True)):
+            raise ValueError(
+                f"[{self.name}] needs a grid of {self.grid} programs, CUDA allows {limits}: "
+                "give fewer samples, heads or groups a call"
+            )
+
     @property
     def name(self) -> str:
         return str(self.kernel.__name__).strip("_")

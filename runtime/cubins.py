@@ -47,15 +47,20 @@ class KernelSpec(Frozen):
 
 
 class TensorArgument(Frozen):
-    """Shape in PyTorch's axis order; strides in elements, as they lie in memory."""
+    """A view of a buffer: shape in PyTorch's axis order, strides and offset in elements.
 
+    Buffers are numbered within a use: its launches that name the same number share the memory.
+    """
+
+    buffer: Count
     dtype: str
     shape: tuple[Count, ...]
     strides: tuple[Count, ...]
+    offset: Count
 
 
 class LaunchSpec(Frozen):
-    """One launch: its grid and what goes into the arguments; every tensor starts at a multiple of 16 bytes."""
+    """One launch: its grid and what goes into the arguments; every buffer starts at a multiple of 16 bytes."""
 
     kernel: Key
     grid: tuple[Count, Count, Count]

@@ -276,3 +276,11 @@ def test_bad_input_is_named(arguments: dict[str, Any], message: str) -> None:
 def test_a_residual_of_another_shape_is_named() -> None:
     with pytest.raises(ValueError, match=r"\[add_group_norm\] residual has shape"):
         add_group_norm(X, X[:, :4].contiguous(memory_format=torch.channels_last_3d), 4, P, P)
+
+
+def test_more_samples_than_a_launch_can_hold_are_named() -> None:
+    x = torch.zeros(65536, 1, 1, 8).movedim(-1, 1)
+    with pytest.raises(
+        ValueError, match=r"\[single_group_norm\] needs a grid of .*65536.*: give fewer samples"
+    ):
+        group_norm(x, 4, P, P, impl="triton")
