@@ -14,10 +14,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from volcast.kernels.attention import attention
-from volcast.kernels.input_head import input_head
 
+from volcast.kernels.attention import attention
 from volcast.kernels.group_norm import group_norm
+from volcast.kernels.input_head import input_head
 from volcast.kernels.output_head import output_head
 from volcast.kernels.sampler_step import plan_table, sampler_step, step_counter
 from volcast.kernels.upsample_convolution import phase_weights, upsample_convolution
@@ -225,13 +225,14 @@ def _sampler_step(channels: int, *spatial: int) -> Case:
 
     def subject(device: torch.device) -> tuple[Call, dict[str, Call]]:
         given = tensors(device)
-        x, out, uncond, shown = (given[name].clone() for name in ("x", "out", "uncond", "network_input"))
+        state: Tensor = given["x"]
+        x, out, uncond, shown = (torch.clone(given[name]) for name in ("x", "out", "uncond", "network_input"))
         fresh = given["counter"].clone()
 
         def fused() -> Tensor:
             given["counter"].copy_(fresh)
             sampler_step(**given)
-            return given["x"]
+            return state
 
         def eager() -> Tensor:
             guided = uncond.float() + 1.0 * (out.float() - uncond.float())

@@ -74,12 +74,13 @@ def timed(case: Case, device: torch.device) -> dict[str, Any]:
 def main(
     case: Annotated[str, typer.Option(help="Only cases whose name contains this.")] = "",
     sm: Annotated[list[int], typer.Option(help="Compute capabilities to compile for.")] = list(CAPABILITIES),  # noqa: B006
+    compile_only: Annotated[bool, typer.Option(help="Time nothing, GPU or not.")] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the results here, a JSON line a case.")
     ] = None,
 ) -> None:
     chosen = [one for one in CASES if case in one.name]
-    device = torch.device("cuda") if torch.cuda.is_available() else None
+    device = torch.device("cuda") if torch.cuda.is_available() and not compile_only else None
     lines = []
     for one in tqdm(chosen, desc="kernels", unit="case", file=sys.stderr, disable=None):
         lines.append({

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
+from volcast.benchmarks.kernel_report import as_markdown
+
 README = Path(__file__).parent.parent / "README.md"
 
 
 def test_the_example_runs(default_cache: Path, tmp_path: Path) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     environment = {**os.environ, "XDG_CACHE_HOME": str(default_cache)}
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -34,7 +39,25 @@ def test_every_file_and_command_it_names_is_there() -> None:
     for name in re.findall(r"\]\(([^)h][^)]*)\)", text) + re.findall(r"^\| `(\w+)/`", text, re.MULTILINE):
         assert (root / name).exists(), name
     commands = set(re.findall(r"^    volcast (\w+)", text, re.MULTILINE))
-    assert commands == {"export", "verify", "sample", "bench", "info"}
+    assert commands == {"export", "verify", "sample", "bench", "info", "build"}
     makefile = (root / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^    make (\w+)", text, re.MULTILINE):
         assert f"\n{target}:" in makefile
+
+
+def test_the_kernel_example_runs() -> None:
+    _, code = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    names = {
+        "x": torch.randn(1, 4, 4, 4, 64).movedim(-1, 1),
+        "weight": torch.ones(64),
+        "bias": torch.zeros(64),
+        "time_embedding": torch.randn(1, 64),
+    }
+    exec(code, names)  # noqa: S102
+    assert names["y"].shape == (1, 64, 4, 4, 4)
+
+
+def test_the_kernels_table_is_what_was_measured() -> None:
+    results = README.parent / "benchmarks" / "results" / "kernels.jsonl"
+    lines = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    assert as_markdown(lines) in README.read_text(encoding="utf-8")
