@@ -31,14 +31,16 @@ def _both_ways(bits, place, size, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def neighbours(v, valid, depth, height, width, HEIGHT_TAPS: tl.constexpr):
-    """Bit `tap` is set where voxel v + tap lies inside; taps count with W fastest."""
+def neighbours(v, valid, depth, height, width, DEPTH_TAPS: tl.constexpr, HEIGHT_TAPS: tl.constexpr):
+    """Bit `tap` is set where voxel v + tap lies inside; taps count with W fastest, along each axis 1 or 3."""
     line = v // width
     d = line // height
     bits = _both_ways(valid.to(tl.int32), v - line * width, width, 1)
     if HEIGHT_TAPS == 3:
         bits = _both_ways(bits, line - d * height, height, 3)
-    return _both_ways(bits, d, depth, 3 * HEIGHT_TAPS)
+    if DEPTH_TAPS == 3:
+        bits = _both_ways(bits, d, depth, 3 * HEIGHT_TAPS)
+    return bits
 
 
 @triton.jit
@@ -67,7 +69,7 @@ def input_head(
     for tile in range(tl.program_id(0), tl.cdiv(voxels, ROWS), tl.num_programs(0)):
         first = tile * ROWS
         valid = i < voxels - first
-        inside = neighbours(first + i, valid, depth, height, width, HEIGHT_TAPS)
+        inside = neighbours(first + i, valid, depth, height, width, 3, HEIGHT_TAPS)
         there = ((inside[None, :] >> tap[:, None]) & 1 != 0) & (source < IN)[:, None]
         row = sample * voxels + first
         a = tl.load(x + row * IN + reach[:, None] + (i * IN)[None, :], there, 0.0)

@@ -1,6 +1,6 @@
-"""The output head of MONAI's networks: GroupNorm, SiLU and a convolution to one or a few channels.
+"""The output head of MONAI's networks: GroupNorm, SiLU or none, and a convolution to one or a few channels.
 
-    y = conv(silu(group_norm(x))) + bias        3^3 or 3^2 taps, stride 1, padding 1
+    y = conv(activation(group_norm(x))) + bias        3^3 or 3^2 taps, stride 1, padding 1
 
 The padding applies after the activation: a voxel outside contributes 0, not silu(norm(0)). float16 and bfloat16 inputs
 have their statistics, activation and sums in float32; the convolution reads the activation in x's dtype.

@@ -29,6 +29,7 @@ from torch import Tensor
 from .check import empty_channels_last
 from .configuration import configuration
 from .group_norm_triton import merged, statistics_launch
+from .input_head_triton import neighbours
 from .launch_triton import Launch
 
 
@@ -75,16 +76,16 @@ def finish_statistics(
     partial,  # float32 [N, groups, 2, programs]: mean, M2
     statistics,  # float32 [N, groups, 2]: mean, 1 / sqrt(var + eps)
     rows: tl.int64,
-    EPS: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, PARTIAL_ROWS: tl.constexpr,
+    EPS: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, PARTIAL_ROWS: tl.constexpr,
     PARTIAL_PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """`multiply_along` asks for them in every slab: not each time from all programs' partials."""
     sample = tl.program_id(1).to(tl.int64)
-    group = tl.program_id(0) + tl.arange(0, 1)
+    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     mean, inverse = merged(partial, sample, group, rows, EPS, C, GROUP, PARTIAL_ROWS, PARTIAL_PROGRAMS)
     out = statistics + (sample * (C // GROUP) + group) * 2
-    tl.store(out, mean)
-    tl.store(out + 1, inverse)
+    tl.store(out, mean, group < C // GROUP)
+    tl.store(out + 1, inverse, group < C // GROUP)
 
 
 @triton.jit
@@ -208,26 +209,20 @@ def add_planes(
     voxels = depth * height * width
     first = tl.program_id(0) * VOXELS
     i = tl.arange(0, VOXELS)
-    v = first + i
-    line = v // width
-    w = v - line * width
-    d = line // height
-    h = line - d * height
+    inside = neighbours(first + i, i < voxels - first, depth, height, width, DEPTH_TAPS, HEIGHT_TAPS)
     channel = tl.arange(0, OUT_PADDED)
     real = (channel < OUT)[:, None] & (i < voxels - first)[None, :]
     source = planes + sheet * tl.cdiv(voxels, ROWS) * (OUT * taps * ROWS)
     total = tl.zeros((OUT_PADDED, VOXELS), tl.float32)
     for tap in tl.static_range(taps):
-        depth_tap = tap // (HEIGHT_TAPS * 3) - DEPTH_TAPS // 2
-        height_tap = tap // 3 % HEIGHT_TAPS - HEIGHT_TAPS // 2
-        width_tap = tap % 3 - 1
-        inside = (d + depth_tap >= 0) & (d + depth_tap < depth)
-        inside &= (h + height_tap >= 0) & (h + height_tap < height)
-        inside &= (w + width_tap >= 0) & (w + width_tap < width)
-        near = tl.maximum(v + (depth_tap * height + height_tap) * width + width_tap, 0)
-        at = source + (near // ROWS).to(tl.int64) * (OUT * taps * ROWS) + near % ROWS
-        at = at[None, :] + ((channel * taps + tap) * ROWS)[:, None]
-        total += tl.load(at, real & inside[None, :], 0.0)
+        lines = (
+            (tap // 3 // HEIGHT_TAPS - DEPTH_TAPS // 2) * height + tap // 3 % HEIGHT_TAPS - HEIGHT_TAPS // 2
+        )
+        near = first + i + (lines * width + tap % 3 - 1)
+        row = near & (ROWS - 1)
+        at = (near - row).to(tl.int64) * (OUT * taps) + row
+        there = (channel < OUT)[:, None] & ((inside >> tap) & 1 != 0)[None, :]
+        total += tl.load(source + at[None, :] + ((channel * taps + tap) * ROWS)[:, None], there, 0.0)
     total += tl.load(bias + channel, channel < OUT, 0.0).to(tl.float32)[:, None]
     out = y + (first_row + sheet * voxels + first) * OUT
     tl.store(out + i[None, :] * OUT + channel[:, None], total.to(y.dtype.element_ty), real)
@@ -243,24 +238,23 @@ def output_head_launches(
     y = empty_channels_last((n, out, *spatial), x)
     statistics, partial, merge = statistics_launch(x, groups, None, None, None, None)
     sources = {"x": x, "norm_weight": norm_weight, "norm_bias": norm_bias, "weight": weight}
-    norm, act = {"C": c, "GROUP": c // groups}, {"SILU": activation == "silu"}
+    norm = {"C": c, "GROUP": c // groups}
     merging = {"EPS": eps, "PARTIAL_ROWS": merge["ROWS"], "PARTIAL_PROGRAMS": merge["PROGRAMS"]}
+    product = {**norm, "SILU": activation == "silu"}
     settings = configuration("output_head_multiply", x.dtype, out * taps)
     samples = settings["scratch"] // (4 * out * taps * rows)
     if samples:
-        merging["GROUPS"] = triton.next_power_of_2(groups)
-        return y, [
-            statistics,
-            *_at_once(samples, sources, partial, bias, y, {**norm, **merging, **act}, settings),
-        ]
+        product |= {**merging, "GROUPS": triton.next_power_of_2(groups)}
+        return y, [statistics, *_at_once(samples, sources, partial, bias, y, product, settings)]
     known = torch.empty((n, groups, 2), dtype=torch.float32, device=x.device)
+    block = min(8, triton.next_power_of_2(groups))
     finish = Launch(
         kernel=finish_statistics,
-        grid=(groups, n, 1),
+        grid=(triton.cdiv(groups, block), n, 1),
         arguments={"partial": partial, "statistics": known, "rows": rows},
-        constants={**merging, **norm},
+        constants={**merging, **norm, "GROUPS": block},
     )
-    return y, [statistics, finish, *_in_slabs(sources, known, bias, y, {**norm, **act})]
+    return y, [statistics, finish, *_in_slabs(sources, known, bias, y, product)]
 
 
 def _at_once(
@@ -280,19 +274,13 @@ def _at_once(
             Launch(
                 kernel=multiply,
                 grid=(tiles, many, 1),
-                arguments={
-                    **sources,
-                    "partial": partial,
-                    "planes": planes,
-                    "first_sample": first,
-                    "rows": rows,
-                },
+                arguments={**sources, "partial": partial, "planes": planes, "first_sample": first, "rows": rows},
                 constants={**constants, **shape, "OUT": out, "KERNEL": taps},
                 warps=settings["warps"],
                 stages=settings["stages"],
             ),
             _add(planes, bias, y, first * rows, many, spatial, 3),
-        ]
+        ]  # fmt: skip
     return launches
 
 
@@ -307,6 +295,7 @@ def _in_slabs(
     shape = _tile(c, out * taps, plane, settings)
     tiles = triton.cdiv(plane, shape["ROWS"])
     most = max(1, settings["scratch"] // (4 * out * taps * shape["ROWS"] * tiles))
+    most = min(most, 65535)  # a grid's second axis
     slab = triton.cdiv(depth, triton.cdiv(depth, most))  # of equal depth
     planes = y.new_empty((slab, tiles, out * taps, shape["ROWS"]), dtype=torch.float32)
     carry = y.new_empty((tiles, 2, out * taps, shape["ROWS"]), dtype=torch.float32)

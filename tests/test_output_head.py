@@ -19,8 +19,8 @@ pytestmark = pytest.mark.usefixtures("bfloat16_products")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # N, C, groups, Cout, spatial, activation
 SHAPES = [
-    (1, 32, 32, 1, (4, 3, 5), "silu"),  # one channel a group, one output: BrainLDM's head in small
-    (2, 20, 4, 3, (3, 2, 4), "silu"),  # channels and groups no powers of two, batched
+    (1, 32, 32, 1, (3, 3, 4), "silu"),  # one channel a group, one output: BrainLDM's head in small
+    (2, 20, 4, 3, (2, 2, 4), "silu"),  # channels and groups no powers of two, batched
     (1, 24, 8, 8, (3, 4, 2), "silu"),  # BraTS' eight outputs: 216 columns of 256
     (1, 16, 4, 9, (2, 3, 2), "none"),  # the most outputs
     (2, 8, 2, 1, (1, 5, 1), "none"),  # axes of size 1: most neighbours lie outside
@@ -31,19 +31,21 @@ SHAPES = [
 
 def settings(at_once: int, slabs: int) -> dict[str, dict[str, int]]:
     """Tiles so small that tiny volumes need several, and that many bytes of scratch memory for either form."""
-    tile = {"rows": 16, "channels": 16, "stages": 1, "warps": 4}
+    tile = {"rows": 32, "channels": 16, "stages": 1, "warps": 4}
     return {
         "group_norm_split": {
             "columns": 64, "tile": 512, "stages": 1, "programs": 2, "apply_programs": 1, "warps": 4,
         },
         "output_head_multiply": {"scratch": at_once, **tile},
         "output_head_multiply_along": {"scratch": slabs, **tile},
-        "output_head_add": {"elements": 64, "warps": 4},
+        "output_head_add": {"elements": 128, "warps": 4},
     }  # fmt: skip
 
 
-# Everything at once; one slab of all planes; a slab of one plane after the other.
-FORMS = {"at once": settings(1 << 24, 0), "slab": settings(0, 1 << 24), "slabs": settings(0, 1)}
+# All taps at once; a slab of one plane after the other.
+FORMS = {"at once": settings(1 << 24, 0), "slabs": settings(0, 1)}
+# Where v is far below 0, exp(-v) becomes infinite and SiLU 0, as it should: numpy warns in the interpreter.
+far_below = pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
 
 
 @pytest.fixture(params=FORMS)
@@ -92,7 +94,7 @@ def test_a_constant_volume_counts_the_taps_inside(
 ) -> None:
     """The norm of a constant is its offset; an axis of size n >= 2 has 2, 3, 3, ..., 2 taps inside. Exact."""
     x = torch.full((1, *spatial, 8), 7.0, dtype=dtype, device=device).movedim(-1, 1)
-    offset = torch.arange(1.0, 9.0, device=device)  # of sum 36
+    offset = torch.tensor([1.0, -1, 2, 0, 1, 1, -1, 1], device=device)  # of sum 4
     weight = torch.ones(2, 8, *(3,) * len(spatial), dtype=dtype, device=device)
     weight[1] = -1
     bias = torch.tensor([5.0, 1.0], device=device)
@@ -102,27 +104,27 @@ def test_a_constant_volume_counts_the_taps_inside(
         inside = torch.full((size,), 3.0, device=device)
         inside[[0, -1]] = 2
         taps = taps[..., None] * inside
-    assert torch.equal(y[0], torch.stack([5 + 36 * taps, 1 - 36 * taps]).to(dtype))
+    assert torch.equal(y[0], torch.stack([5 + 4 * taps, 1 - 4 * taps]).to(dtype))
 
 
-@pytest.mark.parametrize("n", [1, 2])
-def test_where_the_slabs_end_changes_no_bit(n: int, device: Any) -> None:
+def test_where_the_slabs_end_changes_no_bit(device: Any) -> None:
     torch.manual_seed(1)
-    x = volume(n, 24, 5, 3, 7, dtype=torch.float16, device=device)
-    affine = parameters(24, 2, 3, torch.float16, device)
+    n = 2
+    x = volume(n, 16, 5, 3, 7, dtype=torch.float16, device=device)
+    affine = parameters(16, 2, 3, torch.float16, device)
     results = []
-    for planes in (1, 2, 3, 5):
-        with pinned(settings(0, planes * 4 * 18 * 32)):  # 21 voxels a plane fill two tiles of 16 rows
-            _, launches = output_head_launches(x, 8, *affine, 1e-6, "silu")
+    for planes in (1, 2, 5):
+        with pinned(settings(0, planes * 4 * 18 * 32)):  # the 21 voxels of a plane fill a tile of 32
+            _, launches = output_head_launches(x, 4, *affine, 1e-6, "silu")
             assert len(launches) == 2 + n * 2 * math.ceil(5 / planes)
-            results.append(output_head(x, 8, *affine, impl="triton"))
+            results.append(output_head(x, 4, *affine, impl="triton"))
     assert all(torch.equal(result, results[0]) for result in results)
 
 
 def test_same_bits_again_and_whatever_else_is_in_the_batch(form: str, device: Any) -> None:
     torch.manual_seed(2)
-    x = volume(3, 16, 3, 4, 2, dtype=torch.float16, device=device)
-    affine = parameters(16, 3, 3, torch.float16, device)
+    x = volume(3, 8, 3, 4, 2, dtype=torch.float16, device=device)
+    affine = parameters(8, 3, 3, torch.float16, device)
     y = output_head(x, 4, *affine, impl="triton")
     assert torch.equal(y, output_head(x, 4, *affine, impl="triton"))
     assert torch.equal(y[2:], output_head(x[2:], 4, *affine, impl="triton"))
@@ -130,6 +132,7 @@ def test_same_bits_again_and_whatever_else_is_in_the_batch(form: str, device: An
         assert form != "at once" or torch.equal(y, output_head(x, 4, *affine, impl="triton"))
 
 
+@far_below  # of the rows past the volume's end, which are 0
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_mean_far_above_the_deviation(form: str, dtype: torch.dtype, device: Any) -> None:
     # As far as the dtype has values between: x is then exact and only the norm could lose it.
@@ -139,8 +142,8 @@ def test_a_mean_far_above_the_deviation(form: str, dtype: torch.dtype, device: A
     check(x, 4, parameters(16, 1, 3, dtype, device))
 
 
+@far_below
 def test_activations_far_from_zero(form: str, device: Any) -> None:
-    # exp(-v) past float32's range on one side, SiLU's flush to 0 on the other.
     x = torch.linspace(-1, 1, 60, device=device).reshape(1, 1, 3, 4, 5).expand(1, 16, 3, 4, 5)
     x = x.contiguous(memory_format=torch.channels_last_3d)
     scale, _, weight, bias = parameters(16, 1, 3, torch.float32, device)
@@ -152,7 +155,8 @@ def test_the_pinned_table(device: Any) -> None:
     torch.manual_seed(4)
     x = volume(1, 24, 3, 5, 7, dtype=torch.float16, device=device)
     scale, offset, weight, bias = parameters(24, 3, 3, torch.float32, device)
-    check(x, 8, (scale, offset, weight.half(), bias))
+    with pinned({"group_norm_split": FORMS["slabs"]["group_norm_split"]}):
+        check(x, 8, (scale, offset, weight.half(), bias))
 
 
 def test_few_launches_for_small_volumes_and_slabs_for_large_ones() -> None:
