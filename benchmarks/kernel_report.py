@@ -15,7 +15,7 @@ def as_markdown(lines: Sequence[Mapping[str, Any]]) -> str:
     for line in lines:
         times = line["timed"]
         if times is None:
-            peer, mine = "", "not yet timed"
+            peer = mine = "not yet timed"
         else:
             # A copy is no peer: it is what the memory allows.
             others = {
