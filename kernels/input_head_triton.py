@@ -66,7 +66,7 @@ def input_head(
     lines = (tap // (3 * HEIGHT_TAPS) - 1) * height + tap // 3 % HEIGHT_TAPS - HEIGHT_TAPS // 2
     reach = (lines.to(tl.int64) * width + tap % 3 - 1) * IN + source
     i = tl.arange(0, ROWS)
-    for tile in range(tl.program_id(0), tl.cdiv(voxels, ROWS), tl.num_programs(0)):
+    for tile in range(tl.program_id(0), (voxels - 1) // ROWS + 1, tl.num_programs(0)):
         first = tile * ROWS
         valid = i < voxels - first
         inside = neighbours(first + i, valid, depth, height, width, 3, HEIGHT_TAPS)

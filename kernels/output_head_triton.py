@@ -212,7 +212,7 @@ def add_planes(
     inside = neighbours(first + i, i < voxels - first, depth, height, width, DEPTH_TAPS, HEIGHT_TAPS)
     channel = tl.arange(0, OUT_PADDED)
     real = (channel < OUT)[:, None] & (i < voxels - first)[None, :]
-    source = planes + sheet * tl.cdiv(voxels, ROWS) * (OUT * taps * ROWS)
+    source = planes + sheet * ((voxels - 1) // ROWS + 1) * (OUT * taps * ROWS)
     total = tl.zeros((OUT_PADDED, VOXELS), tl.float32)
     for tap in tl.static_range(taps):
         lines = (
@@ -240,7 +240,7 @@ def output_head_launches(
     sources = {"x": x, "norm_weight": norm_weight, "norm_bias": norm_bias, "weight": weight}
     norm = {"C": c, "GROUP": c // groups}
     merging = {"EPS": eps, "PARTIAL_ROWS": merge["ROWS"], "PARTIAL_PROGRAMS": merge["PROGRAMS"]}
-    product = {**norm, "SILU": activation == "silu"}
+    product: dict[str, float] = {**norm, "SILU": activation == "silu"}
     settings = configuration("output_head_multiply", x.dtype, out * taps)
     samples = settings["scratch"] // (4 * out * taps * rows)
     if samples:
@@ -285,7 +285,7 @@ def _at_once(
 
 
 def _in_slabs(
-    sources: dict[str, Tensor], statistics: Tensor, bias: Tensor, y: Tensor, constants: dict[str, int]
+    sources: dict[str, Tensor], statistics: Tensor, bias: Tensor, y: Tensor, constants: dict[str, float]
 ) -> list[Launch]:
     """Sample by sample along D, as many planes at a time as the scratch memory holds."""
     n, out, depth, *rest = y.shape
