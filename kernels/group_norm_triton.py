@@ -254,9 +254,7 @@ def group_norm_launches(
     norm = {"EPS": eps, "SILU": activation == "silu"}
     single = configuration("group_norm_single", x.dtype, rows * group)
     if rows * group <= single["group_elements"]:
-        shape = _tile(
-            c1, c2, groups, max(1, single["row_bytes"] // (group * x.itemsize)), single, rows
-        )
+        shape = _tile(c1, c2, groups, max(1, single["row_bytes"] // (group * x.itemsize)), single, rows)
         launch = Launch(
             kernel=single_group_norm,
             grid=(triton.cdiv(groups, shape["GROUPS"]), n, 1),
