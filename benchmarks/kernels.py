@@ -52,6 +52,7 @@ def timed(case: Case, device: torch.device) -> dict[str, Any]:
     from .timing_triton import gpu_ms
 
     torch.manual_seed(0)
+    torch._dynamo.reset()  # or the graphs of one case serve the next one, with dynamic shapes
     torch.backends.cudnn.benchmark = True
     with torch.no_grad():
         fused, peers = case.subject(device)
@@ -59,7 +60,7 @@ def timed(case: Case, device: torch.device) -> dict[str, Any]:
         first = next(iter(peers))
         other = peers[first]().float()
         error = float((mine - other).norm() / other.norm())
-        if not error < 1e-2:
+        if case.comparable is not None and not error < case.comparable:
             raise ValueError(f"[bench] {case.name}: differs from {first} by {error:.3g} (relative L2)")
         del mine, other
         statistics = gpu_ms([fused, *peers.values()], ROUNDS)
@@ -81,7 +82,9 @@ def main(
 ) -> None:
     chosen = [one for one in CASES if case in one.name]
     device = torch.device("cuda") if torch.cuda.is_available() and not compile_only else None
-    lines = []
+    lines: list[dict[str, Any]] = []
+    if output is not None:
+        output.write_text("")
     for one in tqdm(chosen, desc="kernels", unit="case", file=sys.stderr, disable=None):
         lines.append({
             "case": one.name, "operation": one.operation, "dtype": "float16", "reach_ms": one.reach_ms,
@@ -89,8 +92,9 @@ def main(
             "timed": None if device is None else timed(one, device), "resources": resources(one, sm),
             "environment": environment(threads=torch.get_num_threads()),
         })  # fmt: skip
-    if output is not None:
-        output.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        if output is not None:
+            with output.open("a") as stream:  # a later case that fails takes no result along
+                stream.write(json.dumps(lines[-1]) + "\n")
     print(as_markdown(lines))
 
 

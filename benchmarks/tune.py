@@ -3,7 +3,8 @@
     python -m volcast.benchmarks.tune             on a GPU: halve and double each setting while that is faster
     python -m volcast.benchmarks.tune --check     anywhere: compile what is pinned for every device, without a spill
 
-The first writes the table, with the GPU's name as its basis. Rows that no case of `kernel_cases.py` reaches stay.
+The first writes the table, with the GPU's name as the row's basis. A row is judged by all cases of `kernel_cases.py` that
+it changes; rows that none reaches stay.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import copy
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from statistics import geometric_mean
 from typing import Annotated, Any
 
 import torch
@@ -29,10 +31,10 @@ BETTER = 0.98
 
 
 def neighbours(settings: Settings) -> Iterator[Settings]:
-    """Each setting halved and doubled, one at a time. Stages and counts below 1 do not exist."""
+    """Each setting halved and doubled, one at a time. What is below 1 does not exist, nor a block of over 32 warps."""
     for name, value in settings.items():
         for other in (value // 2, value * 2):
-            if other >= 1:
+            if other >= 1 and not ("warps" in name and other > 32):
                 yield {**settings, name: other}
 
 
@@ -56,11 +58,26 @@ def search(start: Settings, milliseconds: Callable[[Settings], float | None]) ->
     return best, fastest
 
 
-def rows_of(case: Case) -> list[tuple[str, int]]:
-    """The table's rows that a case is launched with."""
+Row = tuple[str, int]
+"""A kernel's name in the table, and the place among its rows."""
+
+
+def rows_of(case: Case, capability: int) -> list[Row]:
+    """The table's rows that change how a case is launched on a device. A threshold that it lies far from is none."""
     with consulted() as rows:
-        case.launches(90)
-    return sorted(rows)
+        usual = _form(case, capability)
+    found = []
+    for kernel, place in sorted(rows):
+        for other in neighbours(table()[kernel]["rows"][place]["settings"]):
+            with pinned({kernel: other}):
+                if _form(case, capability) != usual:
+                    found.append((kernel, place))
+                    break
+    return found
+
+
+def _form(case: Case, capability: int) -> list[Any]:
+    return [(one.name, one.grid, one.constants, one.options()) for one in case.launches(capability)]
 
 
 def faults(case: Case, capability: int) -> list[str]:
@@ -77,19 +94,22 @@ def faults(case: Case, capability: int) -> list[str]:
     return found
 
 
-def tuned(case: Case, settings: Mapping[str, Mapping[str, int]], kernel: str) -> tuple[Settings, float]:
-    """The fastest settings of one kernel in a case, the other kernels as in `settings`."""
+def tuned(cases: list[Case], kernel: str, start: Settings) -> tuple[Settings, float]:
+    """The settings of one kernel with the smallest geometric mean of milliseconds over the cases that it is in."""
     from .timing_triton import gpu_ms
 
-    fused, _ = case.subject(torch.device("cuda"))
+    fused = [case.subject(torch.device("cuda"))[0] for case in cases]
 
     def milliseconds(candidate: Settings) -> float | None:
-        with pinned({**settings, kernel: candidate}):
-            if any(faults(case, capability) for capability in CAPABILITIES):
+        with pinned({kernel: candidate}):
+            try:
+                if any(faults(case, capability) for case in cases for capability in CAPABILITIES):
+                    return None
+                return geometric_mean([one.median for one in gpu_ms(list(fused), rounds=3)])
+            except ValueError:  # no room for it
                 return None
-            return gpu_ms([fused], rounds=3)[0].median
 
-    return search(dict(settings[kernel]), milliseconds)
+    return search(start, milliseconds)
 
 
 def as_json(rows: Mapping[str, Any]) -> str:
@@ -122,15 +142,19 @@ def main(
         raise typer.Exit(bool(wrong))
     if not torch.cuda.is_available():
         raise SystemExit("[tune] no GPU here: run with --check, or on the device to tune for")
-    found = copy.deepcopy(dict(table()))
+    major, minor = torch.cuda.get_device_capability()
+    users: dict[Row, list[Case]] = {}
     for one in chosen:
-        for kernel, place in rows_of(one):
-            row = found[kernel]["rows"][place]
-            settings = {name: found[name]["rows"][at]["settings"] for name, at in rows_of(one)}
-            row["settings"], taken = tuned(one, settings, kernel)
-            found[kernel]["basis"] = f"timed on {torch.cuda.get_device_name()}"
-            print(f"{one.name}: {kernel} {row['settings']} {taken:.4f} ms")
-            TABLE.write_text(as_json(found))
+        for row in rows_of(one, 10 * major + minor):
+            users.setdefault(row, []).append(one)
+    found = copy.deepcopy(dict(table()))
+    for (kernel, place), cases in tqdm(users.items(), desc="tune", file=sys.stderr, disable=None):
+        row = found[kernel]["rows"][place]
+        with torch.no_grad():
+            row["settings"], taken = tuned(cases, kernel, row["settings"])
+        row["basis"] = f"timed on {torch.cuda.get_device_name()}"
+        print(f"{kernel} {row['settings']} {taken:.4f} ms over {len(cases)} cases")
+        TABLE.write_text(as_json(found))
 
 
 if __name__ == "__main__":

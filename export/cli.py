@@ -143,8 +143,6 @@ def build(
     place = folder / "engines" / "cubin" if output is None else output
     if place.exists() and not force:
         raise ValueError(f"[build] {place} exists: remove it, choose another name, or pass --force")
-    if output is None:
-        place.parent.mkdir(exist_ok=True)
     with tqdm(desc="build", unit="cubin", file=sys.stderr, disable=None) as bar:
 
         def on_cubin(done: int, total: int) -> None:

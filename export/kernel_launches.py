@@ -45,29 +45,28 @@ def use_launches(use: KernelUse, dtype: torch.dtype, capability: int) -> list[La
             ]
         case "attention":
             q, k, v = (_heads(use.shapes[name], dtype) for name in ("q", "k", "k"))
-            return attention_launches(q, k, v, q.shape[-1] ** -0.5)[1]
-        case "sampler_step":
-            return _sampler_step(shape, dtype)
+            return attention_launches(q, k, v, settings["scale"])[1]
+        case "sampler_step" | "sampler_step_guided":
+            return _sampler_step(use, dtype)
     raise ValueError(f"[build] operation {use.operation!r} has no kernel")
 
 
-def _sampler_step(shape: Shape, dtype: torch.dtype) -> list[Launch]:
-    """Without and with guidance, keeping all that any plan keeps, so that one cubin runs every scheduler."""
+def _sampler_step(use: KernelUse, dtype: torch.dtype) -> list[Launch]:
+    """Keeping all that any plan keeps, so that one cubin runs every scheduler."""
+    shape, steps = use.shapes["x"], use.settings["steps"]
     n = shape[0]
     x, saved, out, uncond, shown = (
         _volume(shape, kind) for kind in (torch.float32, torch.float32, dtype, dtype, dtype)
     )
     history = torch.stack([torch.empty_like(x.movedim(1, -1))] * HISTORY).movedim(-1, 2)
-    weights, slots = _flat(1, 11, dtype=torch.float64), _flat(1, 6, dtype=torch.int32)
-    counter, guidance = _flat(2 + n, dtype=torch.int32), _flat(n, dtype=torch.float64)
+    guided = use.operation == "sampler_step_guided"
+    other, weight = (uncond, _flat(n, dtype=torch.float64)) if guided else (None, None)
+    table = _flat(steps, 11, dtype=torch.float64), _flat(steps, 6, dtype=torch.int32)
+    counter = _flat(2 + n, dtype=torch.int32)
     seeds, samples = _flat(n, dtype=torch.int64), _flat(n, dtype=torch.int64)
-    return [
-        launch
-        for other, weight in ((None, None), (uncond, guidance))
-        for launch in sampler_step_launches(
-            x, out, other, weight, history, saved, shown, weights, slots, counter, seeds, samples
-        )
-    ]
+    return sampler_step_launches(
+        x, out, other, weight, history, saved, shown, *table, counter, seeds, samples
+    )
 
 
 def _volume(shape: Shape, dtype: torch.dtype) -> Tensor:

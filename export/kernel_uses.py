@@ -60,6 +60,11 @@ class _Graph:
             for name in node.input:
                 self.consumers.setdefault(name, []).append(node)
         self.shapes = _shapes(model, sizes)
+        self.scalars = {
+            weight.name: float(onnx.numpy_helper.to_array(weight).reshape(()))
+            for weight in model.graph.initializer
+            if all(size == 1 for size in weight.dims) and weight.data_location != onnx.TensorProto.EXTERNAL
+        }
 
     def shape(self, name: str) -> Shape:
         if name not in self.shapes:
@@ -134,14 +139,16 @@ def _match(graph: _Graph, program: ProgramName, node: NodeProto) -> Iterator[Ker
                 yield KernelUse(**place, operation="upsample_convolution", shapes={"x": x},
                                 settings={"channels": cout})  # fmt: skip
         case "Softmax":
-            scores = _through(graph, node.input[0], {"Mul"})
+            scores, scale = _scaled(graph, node.input[0])
             if scores is not None and scores.op_type in ("Einsum", "MatMul"):
+                _, before = _scaled(graph, scores.input[0])
                 query = graph.shape(scores.input[0])
                 *batch, length, keys = graph.shape(node.output[0])
                 heads = (1, *batch)[-2:] if len(batch) == 1 else tuple(batch)
                 yield KernelUse(
                     **place, operation="attention",
                     shapes={"q": (*heads, length, query[-1]), "k": (*heads, keys, query[-1])},
+                    settings={"scale": scale * before},
                 )  # fmt: skip
 
 
@@ -167,8 +174,14 @@ def _last(graph: _Graph, norm: str) -> str:
     return graph.silu_of(norm) or norm
 
 
-def _through(graph: _Graph, name: str, kinds: set[str]) -> NodeProto | None:
-    node = graph.producer.get(name)
-    while node is not None and node.op_type in kinds:
-        node = next((graph.producer[source] for source in node.input if source in graph.producer), None)
-    return node
+def _scaled(graph: _Graph, name: str) -> tuple[NodeProto | None, float]:
+    """What makes a tensor before it is multiplied by numbers, and their product."""
+    node, factor = graph.producer.get(name), 1.0
+    while node is not None and node.op_type == "Mul":
+        numbers = [source for source in node.input if source in graph.scalars]
+        if not numbers:
+            break
+        factor *= graph.scalars[numbers[0]]
+        (name,) = [source for source in node.input if source != numbers[0]]
+        node = graph.producer.get(name)
+    return node, factor

@@ -58,6 +58,10 @@ def build_cubins(
     if unknown or not capabilities:
         known = ", ".join(map(str, CAPABILITIES))
         raise ValueError(f"[build] sm={', '.join(map(str, unknown)) or 'none'}: need some of {known}")
+    if folder.exists() and replace and not (folder / CUBINS).is_file() and any(folder.iterdir()):
+        raise ValueError(
+            f"[build] {folder} holds no {CUBINS}, something else: it is not replaced; choose another name"
+        )
     spec = read_artifact(artifact)
     uses = artifact_uses(artifact, spec, batch, size)
     devices = sorted(set(capabilities))
@@ -75,6 +79,8 @@ def build_cubins(
         for launch in (launch for some in launches[sm] for launch in some):
             wanted.setdefault(_key(launch), {})[sm] = launch
     total, done = sum(map(len, wanted.values())), 0
+    if folder.parent == artifact / "engines":
+        folder.parent.mkdir(exist_ok=True)
     with atomic_folder(folder, replace=replace) as temporary:
         kernels: dict[str, KernelSpec] = {}
         for key, by_device in wanted.items():
@@ -127,10 +133,12 @@ def artifact_uses(
             sizes |= {axis: length for axis, length in named if isinstance(axis, str)}
             found += kernel_uses(artifact / spec.programs["encode"].file, "encode", sizes)
     latent = (batch, spec.latent_shape[0], *spatial)
-    return [
-        *found,
-        KernelUse(program="sampler", node="x", operation="sampler_step", shapes={"x": latent}),
-    ]
+    # The sampler's update, without and with guidance: a request needs one of them.
+    return found + [
+        KernelUse(program="sampler", node="x", operation=operation, shapes={"x": latent},
+                  settings={"steps": spec.scheduler.steps})
+        for operation in ("sampler_step", "sampler_step_guided")
+    ]  # fmt: skip
 
 
 def _key(launch: Launch) -> str:

@@ -32,6 +32,8 @@ def attention(
     are read where they lie, and the result flattens to tokens `[N, L, H * D]` without a copy. With impl=None on a GPU
     the heads that `configurations.json` lists under `attention_hand_over` go to PyTorch's own kernels.
 
+    Inputs are finite: a key of infinities makes the fused form return NaN where softmax would leave it out.
+
     Raises ValueError for another dtype, shape or device, a last axis that is not contiguous, a scale that is not
     positive and finite.
     """
@@ -39,7 +41,7 @@ def attention(
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     if impl is None:
         return torch.ops.volcast.attention(q, k, v, factor)  # type: ignore[no-any-return]
-    form = _triton if resolve_impl("attention", impl, q) is Impl.TRITON else _eager
+    form = _triton if resolve_impl("attention", impl, q, k, v) is Impl.TRITON else _eager
     return form(q, k, v, factor)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from .attention import check_width
 from .attention_wide_triton import LOG2E, stride_unit, strides, wide_launches
 from .configuration import configuration
-from .launch_triton import Launch
+from .launch_triton import Launch, kernel
 
 WIDEST_FLASH = 128
 
@@ -61,7 +61,7 @@ def _add_keys(
     return higher, total, tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
 
 
-@triton.jit
+@kernel
 def flash_attention(
     q,  # N H L D, any strides
     k,  # N H M D, any strides

@@ -25,12 +25,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .configuration import configuration
-from .launch_triton import Launch
+from .launch_triton import Launch, kernel
 
 LOG2E = 1.4426950408889634
 
 
-@triton.jit
+@kernel
 def score_tiles(
     q,  # N H L D, any strides
     k,  # N H M D, any strides
@@ -83,7 +83,7 @@ def score_tiles(
     tl.store(at, weight.to(weights.dtype.element_ty), queries[:, None])
 
 
-@triton.jit
+@kernel
 def weigh_values(
     weights,  # [N, H, tiles, L, KEYS]
     peaks,  # float32 [N, H, tiles, L]

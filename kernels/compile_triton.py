@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.errors import TritonError
 
 from .launch_triton import Launch
 
@@ -62,7 +63,13 @@ def compile_launch(launch: Launch, capability: int) -> Cubin:
         raise ValueError("[build] TRITON_INTERPRET is set: unset it, the interpreter compiles nothing")
     signature, constants, attributes = _source(launch)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options())
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options())
+    except TritonError as error:
+        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        raise ValueError(
+            f"[build] {launch.name} does not compile for sm_{capability}: {reason[0]}"
+        ) from error
     metadata = compiled.metadata
     if metadata.shared > CAPABILITIES[capability] * 1024:
         raise ValueError(

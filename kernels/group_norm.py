@@ -50,7 +50,9 @@ def group_norm(
     _check("group_norm", x, groups, weight, bias, eps, activation, shift, None, second)
     if impl is None:
         return torch.ops.volcast.group_norm(x, groups, weight, bias, eps, activation, shift, second)  # type: ignore[no-any-return]
-    form = _triton if resolve_impl("group_norm", impl, x) is Impl.TRITON else _eager
+    form = (
+        _triton if resolve_impl("group_norm", impl, x, weight, bias, shift, second) is Impl.TRITON else _eager
+    )
     return form(x, groups, weight, bias, eps, activation, shift, None, second)[0]
 
 
@@ -77,7 +79,11 @@ def add_group_norm(
             x, residual, groups, weight, bias, eps, activation, shift, second
         )
         return y, h
-    form = _triton if resolve_impl("add_group_norm", impl, x) is Impl.TRITON else _eager
+    form = (
+        _triton
+        if resolve_impl("add_group_norm", impl, x, residual, weight, bias, shift, second) is Impl.TRITON
+        else _eager
+    )
     return form(x, groups, weight, bias, eps, activation, shift, residual, second)
 
 
@@ -88,7 +94,7 @@ def _eager(
     h = x if shift is None else x + shift.to(x.dtype)[(...,) + (None,) * (x.ndim - 2)]
     h = h if residual is None else h + residual
     v = h if second is None else torch.cat([h, second], 1)
-    y = F.group_norm(v, groups, weight.to(x.dtype), bias.to(x.dtype), eps)
+    y = torch.group_norm(v, groups, weight.to(x.dtype), bias.to(x.dtype), eps)
     y = F.silu(y) if activation == "silu" else y
     return y.contiguous(memory_format=memory_format(x)), h
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .check import empty_channels_last
 from .configuration import configuration
-from .launch_triton import Launch
+from .launch_triton import Launch, kernel
 
 
 @triton.jit
@@ -138,7 +138,7 @@ def _apply(
         tl.store(y + base * (C1 + C2) + at, v.to(y.dtype.element_ty), valid[:, None] & real[None, :])
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel
 def partial_statistics(
     x,  # [N, rows, C1]
     residual,  # as x, or None
@@ -165,7 +165,7 @@ def partial_statistics(
     tl.store(out + PROGRAMS, m2, group < total)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel
 def normalize(
     x,  # [N, rows, C1]; what partial_statistics read, or the h that it wrote
     second,  # [N, rows, C2], or None
@@ -214,7 +214,7 @@ def merged(
     return mean, 1.0 / tl.sqrt(variance + EPS)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel
 def single_group_norm(
     x,  # [N, rows, C1]
     residual,  # as x, or None

@@ -16,6 +16,7 @@ from .impl import Impl, resolve_impl
 
 # Input channels that one product takes together with their taps; past it a convolution of its own is the better form.
 MAX_CHANNELS = {4: 16, 5: 8}
+LARGEST = 2**31 - 2**16  # voxels of a sample: their number, rounded up to a tile, fits in 32 bits
 
 
 def input_head(
@@ -28,12 +29,12 @@ def input_head(
     """`torch.nn.Conv3d(Cin, C, 3, padding=1)` for few input channels.
 
     dtypes float32, float16, bfloat16; weight in x's dtype, bias in float32 or x's dtype. Raises ValueError for another
-    dtype, layout or shape, for more than 8 input channels (16 of an image) and for 2^31 voxels or more.
+    dtype, layout or shape, for more than 8 input channels (16 of an image) and for over 2^31 - 2^16 voxels.
     """
     _check(x, weight, bias)
     if impl is None:
         return torch.ops.volcast.input_head(x, weight, bias)  # type: ignore[no-any-return]
-    form = _triton if resolve_impl("input_head", impl, x) is Impl.TRITON else _eager
+    form = _triton if resolve_impl("input_head", impl, x, weight, bias) is Impl.TRITON else _eager
     return form(x, weight, bias)
 
 
@@ -67,8 +68,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     check_parameter("input_head", "weight", weight, (weight.shape[0], inputs, *(3,) * axes), x)
     check_parameter("input_head", "bias", bias, (weight.shape[0],), x)
     check_device_shared("input_head", x=x, weight=weight, bias=bias)
-    if x.shape[2:].numel() >= 2**31:
-        raise ValueError(f"[input_head] x has {x.shape[2:].numel()} voxels: need fewer than 2^31; cut it")
+    if x.shape[2:].numel() > LARGEST:
+        raise ValueError(f"[input_head] x has {x.shape[2:].numel()} voxels: need at most 2^31 - 2^16; cut it")
 
 
 @torch.library.custom_op("volcast::input_head", mutates_args=())

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .check import empty_channels_last
 from .configuration import configuration
-from .launch_triton import Launch
+from .launch_triton import Launch, kernel
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def neighbours(v, valid, depth, height, width, DEPTH_TAPS: tl.constexpr, HEIGHT_
     return bits
 
 
-@triton.jit
+@kernel
 def input_head(
     x,  # [N, depth, height, width, IN]
     weight,  # [C, IN, 3 * HEIGHT_TAPS * 3]

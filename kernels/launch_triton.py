@@ -7,7 +7,7 @@ function describes what `compile_triton.py` has to compile. So there is one trut
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,20 @@ from torch import Tensor
 
 # Ampere: asynchronous copies and bfloat16 tensor cores, which every kernel here assumes.
 OLDEST = (8, 0)
+
+
+def kernel(function: Callable[..., None]) -> Any:
+    """`triton.jit` without specialisation on the numbers that vary from call to call.
+
+    Otherwise a size that is 1 or a multiple of 16 compiles the kernel anew, in the first call that meets it, and to
+    other code than the ahead-of-time cubin.
+    """
+    numbers = [
+        name
+        for name, annotation in function.__annotations__.items()
+        if "constexpr" not in annotation and name != "return"
+    ]
+    return triton.jit(function, do_not_specialize=numbers)
 
 
 @dataclass(frozen=True, kw_only=True)

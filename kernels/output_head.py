@@ -24,6 +24,7 @@ from .impl import Impl, resolve_impl
 
 # Taps times output channels that one product has; past it a convolution of its own is the better form.
 MAX_COLUMNS = 256
+LARGEST = 2**31 - 2**16  # voxels of a sample: their number, rounded up to a tile, fits in 32 bits
 
 
 def output_head(
@@ -44,12 +45,16 @@ def output_head(
 
     dtypes float32, float16, bfloat16; weight in x's dtype, the other parameters in float32 or x's dtype. Raises
     ValueError for another dtype, layout or shape, for groups that do not divide the channels, for eps outside (0, 1),
-    for more than 9 output channels (28 of an image) and for 2^31 voxels or more.
+    for more than 9 output channels (28 of an image) and for over 2^31 - 2^16 voxels.
     """
     _check(x, groups, norm_weight, norm_bias, weight, bias, eps, activation)
     if impl is None:
         return torch.ops.volcast.output_head(x, groups, norm_weight, norm_bias, weight, bias, eps, activation)  # type: ignore[no-any-return]
-    form = _triton if resolve_impl("output_head", impl, x) is Impl.TRITON else _eager
+    form = (
+        _triton
+        if resolve_impl("output_head", impl, x, norm_weight, norm_bias, weight, bias) is Impl.TRITON
+        else _eager
+    )
     return form(x, groups, norm_weight, norm_bias, weight, bias, eps, activation)
 
 
@@ -63,7 +68,7 @@ def _eager(
     eps: float,
     activation: str,
 ) -> Tensor:
-    v = F.group_norm(x, groups, norm_weight.to(x.dtype), norm_bias.to(x.dtype), eps)
+    v = torch.group_norm(x, groups, norm_weight.to(x.dtype), norm_bias.to(x.dtype), eps)
     v = F.silu(v) if activation == "silu" else v
     convolution = F.conv3d if x.ndim == 5 else F.conv2d
     y = convolution(v, weight, bias.to(x.dtype), padding=1)
@@ -124,8 +129,10 @@ def _check(
         raise ValueError(f"[output_head] eps={eps}: need a number between 0 and 1")
     if activation not in ("none", "silu"):
         raise ValueError(f"[output_head] activation={activation!r}: need 'none' or 'silu'")
-    if x.shape[2:].numel() >= 2**31:
-        raise ValueError(f"[output_head] x has {x.shape[2:].numel()} voxels: need fewer than 2^31; cut it")
+    if x.shape[2:].numel() > LARGEST:
+        raise ValueError(
+            f"[output_head] x has {x.shape[2:].numel()} voxels: need at most 2^31 - 2^16; cut it"
+        )
 
 
 @torch.library.custom_op("volcast::output_head", mutates_args=())

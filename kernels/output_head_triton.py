@@ -30,7 +30,7 @@ from .check import empty_channels_last
 from .configuration import configuration
 from .group_norm_triton import merged, statistics_launch
 from .input_head_triton import neighbours
-from .launch_triton import Launch
+from .launch_triton import Launch, kernel
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def _weights(
     return tl.load(weight + at, (channel < C)[:, None] & (column < OUT * TAPS)[None, :], 0.0)
 
 
-@triton.jit
+@kernel
 def finish_statistics(
     partial,  # float32 [N, groups, 2, programs]: mean, M2
     statistics,  # float32 [N, groups, 2]: mean, 1 / sqrt(var + eps)
@@ -88,7 +88,7 @@ def finish_statistics(
     tl.store(out + 1, inverse, group < C // GROUP)
 
 
-@triton.jit
+@kernel
 def multiply(
     x,  # [N, rows, C]
     partial,  # float32 [N, groups, 2, programs]
@@ -139,7 +139,7 @@ def _block(
     return mean, scale, offset, b0, b1, b2
 
 
-@triton.jit
+@kernel
 def multiply_along(
     x,  # [N, depth, plane, C]
     statistics,  # float32 [N, groups, 2]
@@ -193,7 +193,7 @@ def multiply_along(
     tl.store(carry + tile * (2 * size) + size + at, here, left)
 
 
-@triton.jit
+@kernel
 def add_planes(
     planes,  # float32 [sheets, tiles, OUT * DEPTH_TAPS * HEIGHT_TAPS * 3, ROWS]
     bias,  # [OUT]

@@ -84,7 +84,8 @@ def sampler_step(
     All tensors of x's shape have x's layout. Noise is numbered in N C D H W order whatever the layout, by csrc/noise's
     streams. `network_input` gets the new x, once or, for guidance by one call, twice. A value that is not finite does
     not stop it: `counter[2:]` says where it began; csrc raises there. Keep the tensors' addresses to replay a graph:
-    everything that differs between requests is read from them. Raises ValueError for tensors that do not match.
+    everything that differs between requests is read from them, but the number of rows and the checks of this call: a table
+    rewritten for a replay has as many rows, and slots that `history` holds. Raises ValueError for tensors that do not match.
     """
     _check(x, out, table, counter, seeds, samples, history, saved, uncond, guidance, network_input)
     tensors = (x, out, uncond, guidance, history, saved, network_input, table.weights, table.slots, counter,

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configuration import configuration
-from .launch_triton import Launch
+from .launch_triton import Launch, kernel
 from .philox_triton import four_normals
 
 
@@ -123,7 +123,7 @@ def _update(
     tl.store(bad + tl.zeros_like(at), step, _where(real & (finite == 0), good))
 
 
-@triton.jit
+@kernel
 def sampler_step(
     x,  # float32 [N, S, C], changed in place; S voxels, or one channel of N C D H W values
     out,  # as x, float32, float16 or bfloat16

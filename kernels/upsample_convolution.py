@@ -64,7 +64,7 @@ def upsample_convolution(
     _check(x, weights, bias)
     if impl is None:
         return torch.ops.volcast.upsample_convolution(x, weights, bias)  # type: ignore[no-any-return]
-    form = _triton if resolve_impl(_NAME, impl, x) is Impl.TRITON else _eager
+    form = _triton if resolve_impl(_NAME, impl, x, weights, bias) is Impl.TRITON else _eager
     return form(x, weights, bias)
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .check import empty_channels_last
 from .configuration import configuration
-from .launch_triton import Launch
+from .launch_triton import Launch, kernel
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def _block(program, W, H, D, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, BD: tl
     return box // tl.cdiv(D, BD), box % tl.cdiv(D, BD) * BD, h * BH, w * BW, column, group
 
 
-@triton.jit
+@kernel
 def upsample_convolution(
     x,  # [N, D, H, W, CIN]; images have D = 1
     weights,  # [2^AXES phases, 2^AXES taps, CIN, COUT]

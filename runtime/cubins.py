@@ -60,7 +60,10 @@ class TensorArgument(Frozen):
 
 
 class LaunchSpec(Frozen):
-    """One launch: its grid and what goes into the arguments; every buffer starts at a multiple of 16 bytes."""
+    """One launch: its grid and what goes into the arguments; every buffer starts at a multiple of 16 bytes.
+
+    The number `steps` of a sampler's update is that of the artifact's own plan: give the plan's that is run.
+    """
 
     kernel: Key
     grid: tuple[Count, Count, Count]

@@ -49,6 +49,7 @@ def test_the_bundled_model_s_kernels(built: Path, default_artifact_folder: Path)
     manifest = read_cubins(built)
     assert {use.operation for use in manifest.uses} == {
         "group_norm", "attention", "input_head", "output_head", "upsample_convolution", "sampler_step",
+        "sampler_step_guided",
     }  # fmt: skip
     assert all(use.launches["sm_87"] and use.left_out is None for use in manifest.uses)
     launched = {launch.kernel for use in manifest.uses for launch in use.launches["sm_87"]}

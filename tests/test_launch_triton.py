@@ -4,6 +4,7 @@ import pytest
 import torch
 import triton
 
+from volcast.benchmarks.kernel_cases import CASES
 from volcast.kernels import group_norm
 from volcast.kernels.impl import Impl, resolve_impl
 from volcast.kernels.launch_triton import Launch, check_device
@@ -35,6 +36,26 @@ def test_forms_are_picked_by_device_or_name() -> None:
     assert resolve_impl("attention", "eager", X) is Impl.EAGER
     with pytest.raises(ValueError, match=r"\[attention\] impl='cudnn': need one of eager, triton"):
         resolve_impl("attention", "cudnn", X)
+
+
+def test_a_wanted_gradient_is_not_lost_silently() -> None:
+    weight = torch.nn.Parameter(torch.ones(8))
+    with pytest.raises(ValueError, match=r"\[group_norm\] an input requires a gradient and impl='triton'"):
+        group_norm(X, 2, weight, weight, impl="triton")
+    with torch.no_grad():
+        group_norm(X, 2, weight, weight, impl="triton")
+    assert group_norm(X, 2, weight, weight, impl="eager").requires_grad
+
+
+def test_no_kernel_is_compiled_anew_for_another_size() -> None:
+    found = 0
+    for case in CASES:
+        for launch in case.launches(90):
+            numbers = {name for name, value in launch.arguments.items() if isinstance(value, int | float)}
+            special = set(launch.kernel.kwargs["do_not_specialize"])
+            assert numbers <= special, launch.name
+            found += 1
+    assert found > len(CASES)
 
 
 @pytest.mark.parametrize("grid", [(1, 65536, 1), (1, 1, 65536), (2**31, 1, 1), (0, 1, 1)])
