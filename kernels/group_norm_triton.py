@@ -96,13 +96,13 @@ def _statistics(
         delta = v - mean
         mean = tl.where(valid[:, None], mean + delta / seen, mean)
         m2 = tl.where(valid[:, None], m2 + delta * (v - mean), m2)
-    # How often each row of the tile was valid, then Chan's merge over rows and channels of a group.
+    # How often each row of the tile was valid, then Chan's merge over rows and channels of a group. The columns that
+    # pad a group saw zeros only: their m2 is 0.
     count = tl.maximum((last - first - row + ROWS - 1) // ROWS, 0).to(tl.float32)
     weight = count[:, None] * real.to(tl.float32)[None, :]
     total = tl.maximum((last - first).to(tl.float32) * GROUP, 1.0)
     group_mean = _group_sum(mean * weight, GROUPS, PADDED) / total
     far = mean - _spread(group_mean, GROUPS, PADDED)[None, :]
-    m2 = tl.where(real[None, :], m2, 0.0)  # the columns that pad a group saw zeros
     return group_mean, _group_sum(m2 + weight * far * far, GROUPS, PADDED)
 
 

@@ -138,3 +138,19 @@ def test_a_folder_in_the_way_is_kept(tmp_path: Path, capsys: pytest.CaptureFixtu
     arguments = ["build", str(tmp_path), "--target", "cubin", "--sm", "90", "-o", str(tmp_path)]
     assert app(arguments) == 2
     assert "exists: remove it, choose another name, or pass --force" in capsys.readouterr().err
+
+
+def test_force_replaces_cubins_only(
+    default_artifact_folder: Path, default_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    artifact = tmp_path / "artifact"
+    shutil.copytree(default_artifact_folder, artifact)
+    arguments = ["build", str(artifact), "--target", "cubin", "--sm", "90", "-o", str(artifact), "--force"]
+    assert app(arguments) == 2
+    assert "holds no cubins.json, something else: it is not replaced" in capsys.readouterr().err
+    assert (artifact / "step.onnx").is_file()
+
+
+def test_an_artifact_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert app(["build", str(tmp_path / "none"), "--target", "cubin", "--sm", "90"]) == 2
+    assert "none is not a folder; give one written by `volcast export`" in capsys.readouterr().err
