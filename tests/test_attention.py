@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -8,7 +9,6 @@ from accuracy import assert_as_accurate
 from monai.networks.blocks.selfattention import SABlock
 from torch import Tensor
 
-from volcast.kernels import attention as attention_module
 from volcast.kernels.attention import attention
 from volcast.kernels.attention_triton import attention_launches
 from volcast.kernels.configuration import configuration, pinned
@@ -192,10 +192,12 @@ def test_offsets_past_two_to_the_31(width: int, device: Any) -> None:
 
 def test_the_table_says_who_runs_a_head_on_a_gpu(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
+    # The package exports the function under the module's name.
+    attention_module = sys.modules[attention.__module__]
     for name in ("_triton", "_sdpa"):
         form = getattr(attention_module, name)
         monkeypatch.setattr(attention_module, name, lambda *a, f=form, n=name: ran.append(n) or f(*a))
-    monkeypatch.setattr(attention_module, "resolve_impl", lambda operation, impl, x: Impl.TRITON)
+    monkeypatch.setattr(attention_module, "resolve_impl", lambda operation, impl, *x: Impl.TRITON)
     for width in (32, 128, 512):
         q, k, v = inputs(1, 2, 17, 20, width, torch.float16, device)
         y = attention(q, k, v)

@@ -182,5 +182,5 @@ def test_bad_input_is_named(arguments: dict[str, Any], message: str) -> None:
 
 def test_too_many_voxels_are_named() -> None:
     x = torch.empty(1, 2**11, 2**10, 2**10, 3, device="meta").movedim(-1, 1)
-    with pytest.raises(ValueError, match=r"x has 2147483648 voxels: need fewer than 2\^31"):
+    with pytest.raises(ValueError, match=r"x has 2147483648 voxels: need at most 2\^31"):
         input_head(x, W.to("meta"), torch.zeros(8, device="meta"))

@@ -268,5 +268,5 @@ def test_bad_input_is_named(arguments: dict[str, Any], message: str) -> None:
 def test_too_many_voxels_are_named() -> None:
     x = torch.empty(1, 2**11, 2**10, 2**10, 8, device="meta").movedim(-1, 1)
     meta = [tensor.to("meta") for tensor in (P, P, W, torch.zeros(2))]
-    with pytest.raises(ValueError, match=r"x has 2147483648 voxels: need fewer than 2\^31"):
+    with pytest.raises(ValueError, match=r"x has 2147483648 voxels: need at most 2\^31"):
         output_head(x, 4, *meta)
