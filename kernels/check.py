@@ -47,20 +47,21 @@ def check_volume(operation: str, name: str, x: Tensor) -> None:
     if 0 in x.shape:
         raise ValueError(f"[{operation}] {name} has shape {tuple(x.shape)}: an axis is empty")
     if not is_channels_last(x):
-        layout = memory_format(x).__repr__()
+        layout = torch.channels_last_3d if x.ndim == 5 else torch.channels_last
         raise ValueError(
             f"[{operation}] {name} of shape {tuple(x.shape)} has strides {x.stride()}: need channels last; "
             f"call .contiguous(memory_format={layout})"
         )
 
 
-def memory_format(x: Tensor) -> torch.memory_format:
-    return torch.channels_last_3d if x.ndim == 5 else torch.channels_last
-
-
 def is_channels_last(x: Tensor) -> bool:
     """`Tensor.is_contiguous(memory_format=...)`, but sure where an axis has size 1."""
     return x.movedim(1, -1).is_contiguous()
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """x itself where it is channels last, else a copy that is, also where an axis has size 1."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def empty_channels_last(shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .check import (
+    channels_last,
     check_device_shared,
     check_dtype,
     check_parameter,
     check_shape,
     check_volume,
     empty_channels_last,
-    memory_format,
 )
 from .impl import Impl, resolve_impl
 
@@ -96,7 +96,7 @@ def _eager(
     v = h if second is None else torch.cat([h, second], 1)
     y = torch.group_norm(v, groups, weight.to(x.dtype), bias.to(x.dtype), eps)
     y = F.silu(y) if activation == "silu" else y
-    return y.contiguous(memory_format=memory_format(x)), h
+    return channels_last(y), h
 
 
 def _triton(
@@ -109,6 +109,18 @@ def _triton(
     y, h, launches = group_norm_launches(x, groups, weight, bias, eps, activation, shift, residual, second)
     run(launches, x.device)
     return y, h
+
+
+def check_norm(operation: str, channels: int, groups: int, eps: float, activation: str) -> None:
+    """Raise ValueError for settings of a norm that are none."""
+    if groups < 1 or channels % groups:
+        raise ValueError(
+            f"[{operation}] groups={groups} with {channels} channels: need a divisor of {channels}"
+        )
+    if not 0 < eps < 1:
+        raise ValueError(f"[{operation}] eps={eps}: need a number between 0 and 1")
+    if activation not in ("none", "silu"):
+        raise ValueError(f"[{operation}] activation={activation!r}: need 'none' or 'silu'")
 
 
 def _check(
@@ -125,10 +137,7 @@ def _check(
         check_volume(operation, "residual", residual)
         check_shape(operation, "residual", residual, tuple(x.shape))
     check_dtype(operation, x=x, residual=residual, second=second)
-    if groups < 1 or channels % groups:
-        raise ValueError(
-            f"[{operation}] groups={groups} with {channels} channels: need a divisor of {channels}"
-        )
+    check_norm(operation, channels, groups, eps, activation)
     check_parameter(operation, "weight", weight, (channels,), x)
     check_parameter(operation, "bias", bias, (channels,), x)
     if shift is not None:
@@ -136,10 +145,6 @@ def _check(
     check_device_shared(
         operation, x=x, weight=weight, bias=bias, shift=shift, residual=residual, second=second
     )
-    if not 0 < eps < 1:
-        raise ValueError(f"[{operation}] eps={eps}: need a number between 0 and 1")
-    if activation not in ("none", "silu"):
-        raise ValueError(f"[{operation}] activation={activation!r}: need 'none' or 'silu'")
 
 
 @torch.library.custom_op("volcast::group_norm", mutates_args=())

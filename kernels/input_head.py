@@ -11,7 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .check import check_device_shared, check_dtype, check_parameter, check_volume, empty_channels_last
+from .check import (
+    channels_last,
+    check_device_shared,
+    check_dtype,
+    check_parameter,
+    check_volume,
+    empty_channels_last,
+)
 from .impl import Impl, resolve_impl
 
 # Input channels that one product takes together with their taps; past it a convolution of its own is the better form.
@@ -41,7 +48,7 @@ def input_head(
 def _eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     convolution = F.conv3d if x.ndim == 5 else F.conv2d
     y = convolution(x, weight, bias.to(x.dtype), padding=1)
-    return y.movedim(1, -1).contiguous().movedim(-1, 1)
+    return channels_last(y)
 
 
 def _triton(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .check import (
+    channels_last,
     check_device_shared,
     check_dtype,
     check_parameter,
     check_volume,
     empty_channels_last,
 )
-from .group_norm import Activation
+from .group_norm import Activation, check_norm
 from .impl import Impl, resolve_impl
 
 # Taps times output channels that one product has; past it a convolution of its own is the better form.
@@ -59,32 +60,20 @@ def output_head(
 
 
 def _eager(
-    x: Tensor,
-    groups: int,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
+    x: Tensor, groups: int, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, eps: float,
     activation: str,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     v = torch.group_norm(x, groups, norm_weight.to(x.dtype), norm_bias.to(x.dtype), eps)
     v = F.silu(v) if activation == "silu" else v
     convolution = F.conv3d if x.ndim == 5 else F.conv2d
     y = convolution(v, weight, bias.to(x.dtype), padding=1)
-    return y.movedim(1, -1).contiguous().movedim(-1, 1)
+    return channels_last(y)
 
 
 def _triton(
-    x: Tensor,
-    groups: int,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
+    x: Tensor, groups: int, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, eps: float,
     activation: str,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     from .launch_triton import run
     from .output_head_triton import output_head_launches
 
@@ -94,22 +83,13 @@ def _triton(
 
 
 def _check(
-    x: Tensor,
-    groups: int,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
+    x: Tensor, groups: int, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, eps: float,
     activation: str,
-) -> None:
+) -> None:  # fmt: skip
     check_volume("output_head", "x", x)
     check_dtype("output_head", x=x, weight=weight)
     channels, axes = x.shape[1], x.ndim - 2
-    if groups < 1 or channels % groups:
-        raise ValueError(
-            f"[output_head] groups={groups} with {channels} channels: need a divisor of {channels}"
-        )
+    check_norm("output_head", channels, groups, eps, activation)
     most = MAX_COLUMNS // 3**axes
     if weight.ndim != x.ndim or not 1 <= weight.shape[0] <= most:
         kernel = ", ".join(["3"] * axes)
@@ -125,10 +105,6 @@ def _check(
     check_device_shared(
         "output_head", x=x, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias
     )
-    if not 0 < eps < 1:
-        raise ValueError(f"[output_head] eps={eps}: need a number between 0 and 1")
-    if activation not in ("none", "silu"):
-        raise ValueError(f"[output_head] activation={activation!r}: need 'none' or 'silu'")
     if x.shape[2:].numel() > LARGEST:
         raise ValueError(
             f"[output_head] x has {x.shape[2:].numel()} voxels: need at most 2^31 - 2^16; cut it"
@@ -137,28 +113,16 @@ def _check(
 
 @torch.library.custom_op("volcast::output_head", mutates_args=())
 def _output_head_op(
-    x: Tensor,
-    groups: int,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
+    x: Tensor, groups: int, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, eps: float,
     activation: str,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     form = _triton if resolve_impl("output_head", None, x) is Impl.TRITON else _eager
     return form(x, groups, norm_weight, norm_bias, weight, bias, eps, activation)
 
 
 @_output_head_op.register_fake
 def _output_head_fake(
-    x: Tensor,
-    groups: int,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
+    x: Tensor, groups: int, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, eps: float,
     activation: str,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     return empty_channels_last((x.shape[0], weight.shape[0], *x.shape[2:]), x)
