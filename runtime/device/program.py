@@ -58,11 +58,11 @@ class DeviceProgram(Frozen):
         for operation in self.operations:
             again = made & set(operation.outputs)
             if again:
-                raise ValueError(f"{sorted(again)[0]} is made twice")
+                raise ValueError(f"{min(again)} is made twice")
             made |= set(operation.outputs)
         missing = set(self.outputs) - made
         if missing:
-            raise ValueError(f"output {sorted(missing)[0]} is made by no operation")
+            raise ValueError(f"output {min(missing)} is made by no operation")
         return self
 
     def weights(self) -> frozenset[str]:
