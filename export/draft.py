@@ -18,6 +18,7 @@ class Draft:
     """A program and its weights, float32. A pass gives back another; weights are shared, never changed in place.
 
     Operations stand in the order in which they run. `offsets`: input -> weight to add to it (see `DeviceProgram`).
+    `shapes`: of the inputs, None where a size is free; passes read from them which operands are spread over others.
     """
 
     inputs: tuple[str, ...]
@@ -25,6 +26,7 @@ class Draft:
     operations: tuple[Operation, ...]
     weights: Mapping[str, Tensor]
     offsets: Mapping[str, str] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)
 
     @cached_property
     def producer(self) -> dict[str, Operation]:
