@@ -64,7 +64,7 @@ def verify(
         Path | None, typer.Argument(help="The bundle that it was exported from; left out: the bundled one.")
     ] = None,
     engine: Annotated[
-        Literal["auto", "openvino", "onnxruntime"], typer.Option(help="What runs the artifact.")
+        Literal["auto", "cuda", "openvino", "onnxruntime"], typer.Option(help="What runs the artifact.")
     ] = "auto",
     steps: Annotated[int | None, typer.Option(help="Denoising steps; left out: the bundle's.")] = None,
     seed: Annotated[int, typer.Option(help="Both samplers start from its noise.")] = 0,

@@ -19,7 +19,7 @@ from volcast.runtime.job import Job, make_job, stack
 from volcast.runtime.noise import request_noise
 from volcast.runtime.programs import Programs
 from volcast.runtime.request import make_request
-from volcast.runtime.sampling import sample_batch
+from volcast.runtime.sampling import Watch
 from volcast.runtime.spec import ArtifactSpec, ConditionSpec, Precision
 
 from .bundle import Bundle
@@ -87,9 +87,9 @@ def verify(
     checks += _network_checks(spec, programs, bundle, branches, monai)
     checks += _autoencoder_checks(spec, programs, bundle, monai)
     try:
-        volume, _ = sample_batch(
-            spec, opened, programs, job, samples, None, lambda done, _: on_step(calls + done, 2 * calls)
-        )
+        watch = Watch(on_step=lambda done, _: on_step(calls + done, 2 * calls))
+        sampler = opened.sampler(artifact, spec, programs)
+        volume, _ = next(sampler.run(job, [samples], None, watch))
         checks += _volume_checks(spec.precision, volume, monai.image)
     except ValueError as error:
         # Every argument was checked and every program has run: what is left is a trajectory that is not finite.

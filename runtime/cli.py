@@ -51,9 +51,13 @@ def sample(
     strength: Annotated[float, typer.Option(help="With --image: how far it is noised, up to 1.")] = 1.0,
     batch: Annotated[int, typer.Option(help="Samples a network call.")] = 1,
     engine: Annotated[
-        Literal["auto", "openvino", "onnxruntime"], typer.Option(help="What runs the networks.")
+        Literal["auto", "cuda", "openvino", "onnxruntime"], typer.Option(help="What runs the networks.")
     ] = "auto",
     threads: Annotated[int | None, typer.Option(help="Left out: one a physical core.")] = None,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(help="Of the GPU, as 4GiB, with --engine cuda; decodes in slabs where it must."),
+    ] = None,
     compat: Annotated[Literal["monai-1.6"] | None, typer.Option(help="MONAI 1.6.1's own numbers.")] = None,
     png: Annotated[Path | None, typer.Option(help="Also write a picture of the three middle planes.")] = None,
     as_json: AsJson = False,
@@ -69,7 +73,7 @@ def sample(
     outputs = _outputs(output, count, png)
     latent = parse_sizes("sample", size)
     start = None if image is None else read_nifti(image)
-    model = load(artifact, engine, threads)
+    model = load(artifact, engine, threads, memory_limit)
     if not quiet:
         typer.echo(
             f"volcast: {model.spec.name} on {model.engine.name}, {model.engine.threads} threads", err=True

@@ -5,11 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .spec import ProgramSpec
+from .spec import ArtifactSpec, ProgramSpec
+
+if TYPE_CHECKING:
+    from .programs import Programs
+    from .sampling import Sampler
 
 Arrays = Mapping[str, NDArray[np.generic]]
 
@@ -40,6 +45,12 @@ class Engine(ABC):
         Raises:
             ValueError: the file is no ONNX program, or not the one that `program` describes.
         """
+
+    def sampler(self, folder: Path, spec: ArtifactSpec, programs: Programs) -> Sampler:
+        """What runs jobs of the artifact in `folder`: the loop on the host, unless the engine has a better one."""
+        from .sampling import HostSampler  # which imports this module
+
+        return HostSampler(spec, self, programs)
 
 
 def shapes(program: ProgramSpec, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:

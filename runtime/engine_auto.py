@@ -7,23 +7,31 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .engine import Engine
+from .sizes import parse_bytes
 
 INSTALL = {"openvino": "pip install 'volcast[openvino]'", "onnxruntime": "pip install onnxruntime"}
-"""The engines, the fastest on a CPU first, and how to get each."""
+"""The engines for a CPU, the fastest first, and how to get each."""
 
 
-def open_engine(name: str = "auto", threads: int | None = None) -> Engine:
+def open_engine(
+    name: str = "auto", threads: int | None = None, memory_limit: int | str | None = None
+) -> Engine:
     """The engine called `name`; `auto` takes the first of `INSTALL` that is installed.
 
-    `threads` is 1..1024; None: the physical cores that this process may use.
+    `threads` is 1..1024; None: the physical cores that this process may use. `memory_limit` is for "cuda" alone.
 
     Raises:
-        ValueError: an unknown or missing engine, `threads` out of range.
+        ValueError: an unknown or missing engine, `threads` or `memory_limit` out of range, no usable GPU for "cuda".
     """
-    if name != "auto" and name not in INSTALL:
-        raise ValueError(f"[engine] engine={name!r}: need one of auto, {', '.join(INSTALL)}")
+    if name not in ("auto", "cuda", *INSTALL):
+        raise ValueError(f"[engine] engine={name!r}: need one of auto, cuda, {', '.join(INSTALL)}")
     if threads is not None and not 1 <= threads <= 1024:
         raise ValueError(f"[engine] threads={threads}: need 1..1024, or leave it out for one a physical core")
+    limit = None if memory_limit is None else parse_bytes("engine", memory_limit)
+    if name == "cuda":
+        return _cuda(limit)
+    if limit is not None:
+        raise ValueError(f"[engine] memory_limit={memory_limit}: only the engine cuda keeps one, not {name}")
     installed = [engine for engine in INSTALL if find_spec(engine) is not None]
     if name == "auto" and not installed:
         raise ValueError(f"[engine] none is installed; {INSTALL['openvino']}")
@@ -38,6 +46,14 @@ def open_engine(name: str = "auto", threads: int | None = None) -> Engine:
     from .engine_onnxruntime import OnnxRuntimeEngine
 
     return OnnxRuntimeEngine(count)
+
+
+def _cuda(limit: int | None) -> Engine:
+    if find_spec("torch") is None:
+        raise ValueError("[engine] cuda needs PyTorch with CUDA and Triton; pip install 'volcast[cuda]'")
+    from .engine_cuda import CudaEngine
+
+    return CudaEngine(memory_limit=limit)
 
 
 def physical_cores() -> int:

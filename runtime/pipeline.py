@@ -18,28 +18,37 @@ from .engine_auto import open_engine
 from .job import Job, make_job
 from .programs import Programs
 from .request import OnStep, Settings, make_request
-from .sampling import sample_batch
+from .sampling import Images, Watch
+from .sizes import whole
 from .spec import ArtifactSpec
 from .volume import Volume, centred_affine
 
 Condition = Mapping[str, Any]
+OnPreview = Callable[[int, Images], None]
 
 
 def load(
-    path: str | os.PathLike[str] | None = None, engine: str = "auto", threads: int | None = None
+    path: str | os.PathLike[str] | None = None,
+    engine: str | Engine = "auto",
+    threads: int | None = None,
+    memory_limit: int | str | None = None,
 ) -> Model:
-    """Open the artifact in the folder `path`. Imports neither torch nor monai, and runs no code from the artifact.
+    """Open the artifact in the folder `path`. Runs no code from it, and imports torch for the engine "cuda" alone.
 
     Args:
         path: a folder that `volcast export` wrote; None: the bundled hippocampus model (`default_artifact`).
-        engine: "onnxruntime", "openvino", or "auto": the fastest one installed (`Model.engine` tells which).
+        engine: "cuda", "onnxruntime", "openvino", "auto": the fastest CPU engine installed (`Model.engine` tells which),
+            or an engine of your own making.
         threads: 1..1024; None: one a physical core.
+        memory_limit: bytes, or a text such as "2GiB", that the engine "cuda" may take on the device; a decode that does
+            not fit is done in slabs, exactly. None: what is free.
 
     Raises:
         ValueError: a bad or altered artifact, an unknown or missing engine; one line with the remedy.
     """
     folder = default_artifact() if path is None else Path(path)
-    return Model(folder, read_artifact(folder), open_engine(engine, threads))
+    opened = engine if isinstance(engine, Engine) else open_engine(engine, threads, memory_limit)
+    return Model(folder, read_artifact(folder), opened)
 
 
 @final
@@ -55,6 +64,7 @@ class Model:
         self.spec = spec
         self.engine = engine
         self._programs = Programs(folder, spec, engine)
+        self._sampler = engine.sampler(folder, spec, self._programs)
 
     def sample(
         self,
@@ -64,12 +74,15 @@ class Model:
         size: Sequence[int] | None = None,
         image: Volume | NDArray[np.generic] | None = None,
         on_step: OnStep | None = None,
+        on_preview: OnPreview | None = None,
+        preview_every: int = 10,
         **settings: Unpack[Settings],
     ) -> Volume:
         """One volume: `sample_many(1, ...)`, whose arguments it takes."""
         volumes = self.sample_many(
-            1, seed, condition=condition, size=size, image=image, on_step=on_step, **settings
-        )
+            1, seed, condition=condition, size=size, image=image, on_step=on_step, on_preview=on_preview,
+            preview_every=preview_every, **settings,
+        )  # fmt: skip
         return next(volumes)
 
     def sample_many(
@@ -82,6 +95,8 @@ class Model:
         size: Sequence[int] | None = None,
         image: Volume | NDArray[np.generic] | None = None,
         on_step: OnStep | None = None,
+        on_preview: OnPreview | None = None,
+        preview_every: int = 10,
         **settings: Unpack[Settings],
     ) -> Iterator[Volume]:
         """`n` volumes, `batch` at a time. Sample i takes its noise from (seed, i), whatever the batch.
@@ -95,6 +110,8 @@ class Model:
             image: an image to start from, as `encode` takes it, one for all samples; `strength` says how far it is
                 noised. The affine of a Volume passes to the samples. None: start from pure noise.
             on_step: called with the steps done and to do, over all batches; what it raises stops the run.
+            on_preview: called with the steps done of a batch and its images as they are by then, `[N, 1, D, H, W]`.
+            preview_every: 1 or more steps between previews.
             settings: `Settings`: `steps`, `scheduler`, `guidance` and so on; see `SamplerConfig` and `Request`.
 
         Raises:
@@ -118,7 +135,11 @@ class Model:
             x0, size = z[0], z.shape[2:]
         job = make_job(self.spec, request, n, batch, condition, size)
         frame = (image.affine, image.spacing_mm) if isinstance(image, Volume) else None
-        return self._run(job, n, batch, x0, frame, on_step)
+        every = whole(preview_every)
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"[sample] preview_every={preview_every!r}: need 1 or more steps")
+        watch = Watch(on_step=on_step, on_preview=on_preview, preview_every=every if on_preview else 0)
+        return self._run(job, n, batch, x0, frame, watch)
 
     def decode(self, z: NDArray[np.generic]) -> NDArray[np.float32]:
         """Images `[N, 1, D, H, W]` of latents `z` `[N, C, D', H', W']` or `[C, D', H', W']` as the loop yields them.
@@ -143,19 +164,12 @@ class Model:
         batch: int,
         x0: NDArray[np.float32] | None,
         frame: tuple[NDArray[np.float64], tuple[float, ...]] | None,
-        on_step: OnStep | None,
+        watch: Watch,
     ) -> Iterator[Volume]:
-        steps, starts = len(job.plan), range(0, n, batch)
-        for number, first in enumerate(starts):
-            part = range(first, min(first + batch, n))
-            after = _counted(on_step, number * steps, len(starts) * steps)
-            images, report = sample_batch(self.spec, self.engine, self._programs, job, part, x0, after)
+        parts = [range(first, min(first + batch, n)) for first in range(0, n, batch)]
+        for images, report in self._sampler.run(job, parts, x0, watch):
             spacing = self.spec.spacing_mm
             affine, spacing = frame or (centred_affine(images.shape[2:], spacing), spacing)
             for image in images:
                 array = np.ascontiguousarray(image[0] if image.shape[0] == 1 else image)
                 yield Volume(array, affine, spacing, report)
-
-
-def _counted(on_step: OnStep | None, before: int, total: int) -> Callable[[int, int], None] | None:
-    return None if on_step is None else lambda done, _: on_step(before + done, total)

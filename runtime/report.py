@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import final
 
 from .programs import Programs
@@ -17,6 +17,7 @@ class Report:
     `open_seconds` is what opening engines took (0 when they were open); the other times do not hold it.
     `network_seconds` is the part of `loop_seconds` inside the step program. `peak_bytes` is the peak of the process's
     resident memory during the batch, or since the process began where that cannot be told (`peak_of_process`).
+    `device_bytes`: what the engine reserved on a device of its own: weights, arenas and the sampler's state.
     """
 
     engine: str
@@ -32,6 +33,7 @@ class Report:
     decode_seconds: float
     peak_bytes: int
     peak_of_process: bool
+    device_bytes: int = 0
 
     @property
     def total_seconds(self) -> float:
@@ -42,6 +44,10 @@ class Report:
     def overhead(self) -> float:
         """The fraction of the total that the loop spends outside the step program."""
         return (self.loop_seconds - self.network_seconds) / self.total_seconds
+
+    def with_decode(self, seconds: float) -> Report:
+        """The same with the time of a decode that ended later."""
+        return replace(self, decode_seconds=seconds)
 
     def as_dict(self) -> dict[str, str | int | float | bool]:
         """Every field, the total and the overhead, for JSON."""

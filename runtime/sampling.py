@@ -1,8 +1,11 @@
-"""One batch of a job, from noise to images."""
+"""Running a job: batch by batch, from noise to images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,61 +23,130 @@ from .sampler import noised
 from .spec import ArtifactSpec
 
 Array = NDArray[np.generic]
+Images = NDArray[np.float32]
 
 
-def sample_batch(
-    spec: ArtifactSpec,
-    engine: Engine,
-    programs: Programs,
-    job: Job,
-    part: range,
-    x0: NDArray[np.float32] | None,
-    after: Callable[[int, int], None] | None,
-) -> tuple[NDArray[np.float32], Report]:
-    """The images `[N, 1, D, H, W]` of the samples `part` of the job, and what they cost.
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """Who is told of what while a job runs; what a callback raises stops the run.
 
-    `x0` `[C, D', H', W']` is a latent to start from instead of pure noise; `after(done, steps)` follows each step.
+    Attributes:
+        on_step: called after each step with the steps done and to do, over all batches.
+        on_preview: called with the steps done of a batch and its images `[N, C, D, H, W]` as they are after that step.
+        preview_every: steps between previews; 0: none.
     """
-    memory = PeakMemory()
-    watch = Stopwatch(programs)
-    rows = programs.call("schedule", {"timesteps": job.plan.timesteps.astype(np.float32)})["rows"]
-    schedule_seconds = watch.lap()
-    branches = {_core.Branch.CONDITIONAL: _prepare(spec, programs, stack(job.conditional, part))}
-    if job.unconditional is not None:
-        branches[_core.Branch.UNCONDITIONAL] = _prepare(spec, programs, stack(job.unconditional, part))
-    prepare_seconds = watch.lap()
 
+    on_step: Callable[[int, int], None] | None = None
+    on_preview: Callable[[int, Images], None] | None = None
+    preview_every: int = 0
+
+    def of_batch(self, number: int, batches: int, steps: int) -> Callable[[int, int], None] | None:
+        """`on_step` as one batch of the job calls it."""
+        on_step = self.on_step
+        return None if on_step is None else lambda done, _: on_step(number * steps + done, batches * steps)
+
+
+class Sampler(ABC):
+    """Runs jobs of one artifact. Not for two threads at once."""
+
+    @abstractmethod
+    def run(
+        self, job: Job, parts: Sequence[range], x0: NDArray[np.float32] | None, watch: Watch
+    ) -> Iterator[tuple[Images, Report]]:
+        """For each batch the images `[N, C, D, H, W]` of the samples in its range, and what they cost.
+
+        `x0` `[C, D', H', W']` is a latent to start from instead of pure noise.
+        """
+
+
+@final
+class HostSampler(Sampler):
+    """The C++ loop on the host, with a network that an engine runs."""
+
+    def __init__(self, spec: ArtifactSpec, engine: Engine, programs: Programs) -> None:
+        self._spec = spec
+        self._engine = engine
+        self._programs = programs
+
+    def run(
+        self, job: Job, parts: Sequence[range], x0: NDArray[np.float32] | None, watch: Watch
+    ) -> Iterator[tuple[Images, Report]]:
+        for number, part in enumerate(parts):
+            yield self._batch(job, part, x0, watch, watch.of_batch(number, len(parts), len(job.plan)))
+
+    def _batch(
+        self,
+        job: Job,
+        part: range,
+        x0: NDArray[np.float32] | None,
+        watch: Watch,
+        on_step: Callable[[int, int], None] | None,
+    ) -> tuple[Images, Report]:
+        programs, spec = self._programs, self._spec
+        memory = PeakMemory()
+        time = Stopwatch(programs)
+        rows = schedule_rows(programs, job)
+        schedule_seconds = time.lap()
+        branches = {_core.Branch.CONDITIONAL: prepared(spec, programs, stack(job.conditional, part))}
+        if job.unconditional is not None:
+            branches[_core.Branch.UNCONDITIONAL] = prepared(spec, programs, stack(job.unconditional, part))
+        prepare_seconds = time.lap()
+
+        seeds, samples, x = first_latent(job, part, x0)
+        shapes = {name: value.shape for name, value in branches[_core.Branch.CONDITIONAL].items()}
+        step = programs.open("step", {"x": x.shape, "row": (len(part), *rows.shape[1:]), **shapes})
+        denoiser = Denoiser(step, rows, branches)
+
+        def after(done: int, total: int) -> None:
+            if on_step is not None:
+                on_step(done, total)
+            if watch.on_preview is not None and watch.preview_every and done % watch.preview_every == 0:
+                watch.on_preview(done, decode(spec, programs, x))
+
+        # Two calls a step with guidance: a doubled batch would open every program at another shape.
+        timing = _core.run(
+            job.plan, x, denoiser, seeds, samples, guidance=job.request.guidance, on_step=after
+        )
+        loop_seconds = time.lap()
+
+        images = decode(spec, programs, x)
+        decode_seconds = time.lap()
+        return images, Report(
+            engine=self._engine.name,
+            threads=self._engine.threads,
+            scheduler=job.scheduler,
+            steps=len(job.plan),
+            batch=len(part),
+            open_seconds=time.open_seconds(),
+            schedule_seconds=schedule_seconds,
+            prepare_seconds=prepare_seconds,
+            loop_seconds=loop_seconds,
+            network_seconds=timing.network_s,
+            decode_seconds=decode_seconds,
+            peak_bytes=memory.bytes(),
+            peak_of_process=memory.since_start_of_process,
+        )
+
+
+def schedule_rows(programs: Programs, job: Job) -> NDArray[np.float32]:
+    """float32 `[steps, R]`: what the step program is shown of each of the plan's timesteps."""
+    rows = programs.call("schedule", {"timesteps": job.plan.timesteps.astype(np.float32)})["rows"]
+    return np.asarray(rows, np.float32)
+
+
+def prepared(spec: ArtifactSpec, programs: Programs, values: Mapping[str, Array]) -> dict[str, Array]:
+    """What the step program takes besides x and row, for one branch of guidance."""
+    constants = programs.call("prepare", values) if "prepare" in spec.programs else {}
+    return step_inputs(spec, values, constants)
+
+
+def first_latent(
+    job: Job, part: range, x0: NDArray[np.float32] | None
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.float32]]:
+    """(seeds, samples, x `[N, C, D, H, W]`) with which a batch begins."""
     seeds = np.full(len(part), job.request.seed, np.uint64)
     samples = np.arange(part.start, part.stop, dtype=np.uint64)
     x = _core.normal(seeds, samples, 0, job.shape, np.dtype(np.float32))
     if x0 is not None:
         x = noised(job.plan, np.repeat(x0[None], len(part), axis=0), x)
-    shapes = {name: value.shape for name, value in branches[_core.Branch.CONDITIONAL].items()}
-    step = programs.open("step", {"x": x.shape, "row": (len(part), *rows.shape[1:]), **shapes})
-    denoiser = Denoiser(step, rows, branches)
-    # Two calls a step with guidance: a doubled batch would open every program at another shape.
-    timing = _core.run(job.plan, x, denoiser, seeds, samples, guidance=job.request.guidance, on_step=after)
-    loop_seconds = watch.lap()
-
-    images = decode(spec, programs, x)
-    decode_seconds = watch.lap()
-    return images, Report(
-        engine=engine.name,
-        threads=engine.threads,
-        scheduler=job.scheduler,
-        steps=len(job.plan),
-        batch=len(part),
-        open_seconds=watch.open_seconds(),
-        schedule_seconds=schedule_seconds,
-        prepare_seconds=prepare_seconds,
-        loop_seconds=loop_seconds,
-        network_seconds=timing.network_s,
-        decode_seconds=decode_seconds,
-        peak_bytes=memory.bytes(),
-        peak_of_process=memory.since_start_of_process,
-    )
-
-
-def _prepare(spec: ArtifactSpec, programs: Programs, values: Mapping[str, Array]) -> dict[str, Array]:
-    constants = programs.call("prepare", values) if "prepare" in spec.programs else {}
-    return step_inputs(spec, values, constants)
+    return seeds, samples, x

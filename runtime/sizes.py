@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,20 @@ def parse_sizes(operation: str, text: str | None) -> tuple[int, ...] | None:
         raise ValueError(
             f"[{operation}] size={text}: need whole numbers with commas between, as 8,12,8"
         ) from error
+
+
+UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def parse_bytes(operation: str, value: int | str) -> int:
+    """A number of bytes, or a text such as `2GiB` or `500 MB`. ValueError for anything else, and for none at all."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
+    unit = found[2].upper() if found else ""
+    if isinstance(value, bool) or not found or unit not in UNITS or float(found[1]) * UNITS[unit] < 1:
+        raise ValueError(
+            f"[{operation}] memory_limit={value!r}: need a number of bytes, or a text as 2GiB or 500MB"
+        )
+    return int(float(found[1]) * UNITS[unit])
 
 
 def nearest(axis: Axis, size: int) -> list[int]:

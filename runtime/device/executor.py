@@ -1,0 +1,182 @@
+"""A device program bound to sizes, weights and memory: `run()` launches its operations in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+from volcast.kernels.impl import Impl
+
+from . import memory
+from .memory import MemoryPlan, Spec
+from .operations import Values, evaluate
+from .program import DeviceProgram, Operation
+
+Form = Callable[[Operation, Values, list[Tensor]], None]
+"""Runs an operation: (operation, inputs, outputs to write)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One operation on the tensors that it reads and writes. `samples`: the same, sample by sample, or None where its
+    tensors do not all begin with the batch."""
+
+    operation: Operation
+    form: Form
+    inputs: tuple[Tensor | None, ...]
+    outputs: tuple[Tensor, ...]
+    samples: tuple[tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]], ...] | None
+
+    def at_once(self) -> None:
+        self.form(self.operation, self.inputs, list(self.outputs))
+
+    def by_sample(self) -> None:
+        """Each sample as a batch of one would run: through a copy where its memory begins at odd bytes, because
+        libraries pick other kernels there."""
+        assert self.samples is not None
+        for inputs, outputs in self.samples:
+            read = [None if x is None else x if _even(x) else x.clone() for x in inputs]
+            written = [y if _even(y) else torch.empty_like(y) for y in outputs]
+            self.form(self.operation, read, written)
+            for y, made in zip(outputs, written, strict=True):
+                if made is not y:
+                    y.copy_(made)
+
+
+@final
+class Executor:
+    """`program` for inputs of fixed shapes (`N ...`) and dtypes on one device.
+
+    Write to `inputs`, call `run()`, read `outputs`: all are views into one arena, which several executors may share if
+    they take turns. An input that is not in `keep` may be overwritten by a run. `DeviceProgram.offsets` are not added
+    here: whoever fills the inputs adds them. `weights` lie on the device; those that a fused form wants otherwise are
+    copied (see `fused.pack`, which avoids a copy an executor).
+
+    `per_sample`: first outputs of operations to run sample by sample (see `golden.find_variant`).
+    `impl`: None for the fused forms on a GPU and PyTorch's elsewhere.
+
+    Raises ValueError for what the program cannot take, for an arena that is too small or elsewhere.
+    """
+
+    def __init__(
+        self,
+        program: DeviceProgram,
+        weights: Mapping[str, Tensor],
+        inputs: Mapping[str, Spec],
+        device: torch.device,
+        arena: Tensor | None = None,
+        *,
+        keep: frozenset[str] = frozenset(),
+        per_sample: frozenset[str] = frozenset(),
+        impl: Impl | str | None = None,
+    ) -> None:
+        self.program, self.device, self.per_sample = program, device, per_sample
+        self.impl = Impl(impl) if impl is not None else Impl.TRITON if device.type == "cuda" else Impl.EAGER
+        forms: Mapping[str, Form] = {}
+        if self.impl is Impl.TRITON:
+            from . import fused
+
+            forms, weights = fused.FORMS, fused.pack(program, weights)
+        self.weights = {name: weights[name] for name in program.weights() if name in weights}
+        self.specs = memory.shapes(program, self.weights, inputs)
+        self.plan: MemoryPlan = memory.plan(program, self.specs, keep)
+        self.arena = self._arena(arena)
+        tensors = self._tensors()
+        self.inputs = {name: tensors[name] for name in program.inputs}
+        self.outputs = {name: tensors[name] for name in program.outputs}
+        self.batch = inputs[program.inputs[0]][0][0]
+        one = {name: ((shape[0] // self.batch, *shape[1:]), dtype) for name, (shape, dtype) in inputs.items()}
+        rows = _rows(self.batch, self.specs, memory.shapes(program, self.weights, one))
+        self.calls = tuple(
+            _call(operation, forms.get(operation.kind, eager), tensors, rows, self.batch)
+            for operation in program.operations
+            if not memory.is_view(program, operation)
+        )
+        known = {call.operation.outputs[0]: call for call in self.calls}
+        for name in sorted(per_sample):
+            if name not in known or known[name].samples is None:
+                raise ValueError(f"[device program] per_sample={name}: need the first output of an operation by samples")
+
+    def run(self) -> None:
+        """All operations in order, on the current stream of the device. Leaves no memory behind."""
+        with torch.no_grad():
+            for call in self.calls:
+                if call.operation.outputs[0] in self.per_sample:
+                    call.by_sample()
+                else:
+                    call.at_once()
+
+    def _arena(self, given: Tensor | None) -> Tensor:
+        if given is None:
+            return torch.empty(self.plan.bytes, dtype=torch.uint8, device=self.device)
+        right = given.dtype == torch.uint8 and given.ndim == 1 and given.device.type == self.device.type
+        if not right or given.numel() < self.plan.bytes:
+            raise ValueError(
+                f"[device program] arena is {given.dtype} {tuple(given.shape)} on {given.device}: need uint8 "
+                f"[{self.plan.bytes}] or more on {self.device}"
+            )
+        return given
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Every value and weight."""
+        tensors = dict(self.weights)
+        for name in self.program.inputs:
+            tensors[name] = memory.place(self.arena, self.plan.offsets[name], self.specs[name])
+        for operation in self.program.operations:
+            for name in operation.outputs:
+                if name in self.plan.offsets:
+                    tensors[name] = memory.place(self.arena, self.plan.offsets[name], self.specs[name])
+                else:
+                    given = [None if source is None else tensors[source] for source in operation.inputs]
+                    (tensors[name],) = evaluate(operation, given)
+        return tensors
+
+
+def eager(operation: Operation, inputs: Values, outputs: list[Tensor]) -> None:
+    """The form of any operation: its definition, then a copy."""
+    for out, result in zip(outputs, evaluate(operation, inputs), strict=True):
+        out.copy_(result)
+
+
+def _rows(batch: int, specs: Mapping[str, Spec], one: Mapping[str, Spec]) -> dict[str, int | None]:
+    """Of each value: how many indices of its first axis are a sample's; 0 for the same in every batch; None where the
+    batch is not (all of) its first axis."""
+    found: dict[str, int | None] = {}
+    for name, (shape, _) in specs.items():
+        single = one[name][0]
+        if shape == single:
+            found[name] = 0
+        else:
+            by_sample = len(shape) == len(single) and shape == (batch * single[0], *single[1:])
+            found[name] = single[0] if by_sample else None
+    return found
+
+
+def _call(
+    operation: Operation, form: Form, tensors: Mapping[str, Tensor], rows: Mapping[str, int | None], batch: int
+) -> Call:
+    inputs = tuple(None if name is None else tensors[name] for name in operation.inputs)
+    outputs = tuple(tensors[name] for name in operation.outputs)
+    lengths = [0 if name is None else rows.get(name, 0) for name in operation.inputs]
+    made = [rows[name] for name in operation.outputs]
+    samples = None
+    if all(length is not None for length in lengths) and all(made):
+        samples = tuple(
+            (
+                tuple(_part(x, length, sample) for x, length in zip(inputs, lengths, strict=True)),
+                tuple(y for y in (_part(y, length, sample) for y, length in zip(outputs, made, strict=True)) if y is not None),
+            )
+            for sample in range(batch)
+        )
+    return Call(operation=operation, form=form, inputs=inputs, outputs=outputs, samples=samples)
+
+
+def _part(x: Tensor | None, length: int | None, sample: int) -> Tensor | None:
+    return x.narrow(0, sample * length, length) if x is not None and length else x
+
+
+def _even(x: Tensor) -> bool:
+    return x.data_ptr() % 16 == 0

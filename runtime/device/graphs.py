@@ -1,0 +1,110 @@
+"""Work recorded once and launched many times: CUDA graphs, and on the CPU the host driver's.
+
+The C++ loop and everything here sees one interface, `Executable.launch(stream)`; on the CPU a stream is a thread and a
+graph's node a Python function, so that order, overlap and failures are those of a GPU.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+
+from volcast import _core
+
+Function = Callable[[], None]
+WARM_UPS = 2
+"""Runs before a capture: compilers, libraries' plans and workspaces come to rest."""
+
+
+class Graphs(ABC):
+    """Records functions of one device."""
+
+    driver: _core.Driver
+
+    @abstractmethod
+    def record(self, function: Function, stream: _core.Stream) -> Any:
+        """`function`'s launches as a graph for `executable`. It is run first, to warm up, and may run again."""
+
+    @abstractmethod
+    def executable(self, graph: Any, repeats: int = 1) -> _core.Executable:
+        """The graph, `repeats` times over, ready to launch."""
+
+    @abstractmethod
+    def direct(self, function: Function) -> Any:
+        """`.launch(stream)` runs `function` on a stream without recording it: for work that allocates."""
+
+    def stream(self) -> _core.Stream:
+        return _core.Stream(self.driver)
+
+    def event(self) -> _core.Event:
+        return _core.Event(self.driver)
+
+
+@final
+class CudaGraphs(Graphs):
+    """CUDA graphs, captured by PyTorch and launched through the driver."""
+
+    def __init__(self, device: torch.device) -> None:
+        torch.cuda.init()
+        torch.cuda.set_device(device)
+        torch.empty(1, device=device)  # the context that the driver's calls of this thread use
+        self._device = device
+        self.driver = _core.Driver.cuda()
+
+    def record(self, function: Function, stream: _core.Stream) -> torch.cuda.CUDAGraph:
+        outside = torch.cuda.ExternalStream(stream.handle, self._device)
+        with torch.inference_mode(), torch.cuda.stream(outside):
+            for _ in range(WARM_UPS):
+                function()
+            outside.synchronize()
+            graph = torch.cuda.CUDAGraph(keep_graph=True)
+            with torch.cuda.graph(graph, stream=outside, capture_error_mode="thread_local"):
+                function()
+        return graph
+
+    def executable(self, graph: torch.cuda.CUDAGraph, repeats: int = 1) -> _core.Executable:
+        return _core.Executable(self.driver, [graph.raw_cuda_graph()], repeats)
+
+    def direct(self, function: Function) -> _Direct:
+        return _Direct(function, self._device)
+
+
+@final
+class _Direct:
+    def __init__(self, function: Function, device: torch.device) -> None:
+        self._function = function
+        self._device = device
+
+    def launch(self, stream: _core.Stream) -> None:
+        outside = torch.cuda.ExternalStream(stream.handle, self._device)
+        with torch.inference_mode(), torch.cuda.stream(outside):
+            self._function()
+
+
+@final
+class HostGraphs(Graphs):
+    """The same on the CPU."""
+
+    def __init__(self) -> None:
+        self.driver = _core.Driver.host()
+
+    def record(self, function: Function, stream: _core.Stream) -> _core.HostGraph:
+        # Modes of PyTorch belong to a thread, and the stream's is another one than this.
+        graph = _core.HostGraph(self.driver, torch.inference_mode()(function))
+        self.executable(graph).launch(stream)
+        stream.synchronize()
+        return graph
+
+    def executable(self, graph: _core.HostGraph, repeats: int = 1) -> _core.Executable:
+        return _core.Executable(self.driver, [graph.handle], repeats)
+
+    def direct(self, function: Function) -> _core.Executable:
+        graph = _core.HostGraph(self.driver, torch.inference_mode()(function))
+        return self.executable(graph)
+
+
+def open_graphs(device: torch.device) -> Graphs:
+    return CudaGraphs(device) if device.type == "cuda" else HostGraphs()

@@ -1,0 +1,58 @@
+"""NVIDIA GPUs by our own kernels and cuDNN, the whole loop as CUDA graphs; on the CPU the same programs and loop.
+
+Needs PyTorch. Runs the device programs that `volcast build --target cuda` put beside the artifact's ONNX programs;
+`schedule` and `prepare`, a few vectors once a request, stay with ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import final
+
+from .device.device import open_device
+from .device.model import DeviceModel
+from .device.run import DeviceRun
+from .device.sampling import DeviceSampler
+from .engine import Engine, Program
+from .engine_onnxruntime import OnnxRuntimeEngine
+from .programs import Programs
+from .sampling import Sampler
+from .spec import ArtifactSpec, ProgramSpec
+
+ON_HOST = ("schedule", "prepare")
+
+
+@final
+class CudaEngine(Engine):
+    """Runs artifacts on one GPU.
+
+    Args:
+        device: "cuda", "cuda:1"; "cpu" runs the same programs, memory plan and C++ loop with PyTorch's operators.
+        memory_limit: bytes on the device for weights, loop and decode; None: what is free.
+
+    Raises ValueError: no such GPU, one that is too old, PyTorch without CUDA.
+    """
+
+    name = "cuda"
+    threads = 1
+
+    def __init__(self, device: str = "cuda", memory_limit: int | None = None) -> None:
+        self._device = open_device(device)
+        self._limit = memory_limit
+        self._host = OnnxRuntimeEngine(self.threads)
+        self._models: dict[Path, DeviceModel] = {}
+
+    def open(self, path: Path, program: ProgramSpec, sizes: Mapping[str, int]) -> Program:
+        if path.stem in ON_HOST:
+            return self._host.open(path, program, sizes)
+        return DeviceRun(self._device, self._model(path.parent), path.stem, program, sizes)
+
+    def sampler(self, folder: Path, spec: ArtifactSpec, programs: Programs) -> Sampler:
+        return DeviceSampler(spec, self._device, self._model(folder), programs, self._limit)
+
+    def _model(self, folder: Path) -> DeviceModel:
+        if folder not in self._models:
+            with self._device.errors():
+                self._models[folder] = DeviceModel(folder, self._device.torch)
+        return self._models[folder]
