@@ -116,15 +116,15 @@ def _flops(operation: Operation, given: Sequence[Tensor | None], output: Tensor)
 
 
 def _convolution(given: Sequence[Any], settings: Mapping[str, Any], output: Tensor) -> int:
-    return output.numel() * math.prod(given[1].shape[1:])
+    return output.numel() * int(given[1][0].numel())
 
 
 def _transposed_convolution(given: Sequence[Any], settings: Mapping[str, Any], output: Tensor) -> int:
-    return int(given[0].numel()) * math.prod(given[1].shape[1:])
+    return int(given[0].numel() * given[1][0].numel())
 
 
 def _output_head(given: Sequence[Any], settings: Mapping[str, Any], output: Tensor) -> int:
-    return output.numel() * math.prod(given[3].shape[1:])
+    return output.numel() * int(given[3][0].numel())
 
 
 def _upsample_convolution(given: Sequence[Any], settings: Mapping[str, Any], output: Tensor) -> int:
