@@ -19,7 +19,9 @@ setup(
             depends=sorted(str(path) for path in Path("csrc").glob("*.hpp")),
             cxx_std=17,
             # -ffp-contract=off: a fused multiply-add would make the bits depend on the machine.
-            extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra"],
+            extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-pthread"],
+            extra_link_args=["-pthread"],
+            libraries=["dl"],  # dlopen; a glibc older than 2.34 keeps it apart
         )
     ],
     cmdclass={"build_ext": build_ext},
