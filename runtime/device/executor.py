@@ -8,6 +8,7 @@ from typing import final
 
 import torch
 from torch import Tensor
+
 from volcast.kernels.impl import Impl
 
 from . import memory
@@ -88,8 +89,7 @@ class Executor:
         self.inputs = {name: tensors[name] for name in program.inputs}
         self.outputs = {name: tensors[name] for name in program.outputs}
         self.batch = inputs[program.inputs[0]][0][0]
-        one = {name: ((shape[0] // self.batch, *shape[1:]), dtype) for name, (shape, dtype) in inputs.items()}
-        rows = _rows(self.batch, self.specs, memory.shapes(program, self.weights, one))
+        rows = _rows(program, self.weights, self.specs, self.batch)
         self.calls = tuple(
             _call(operation, forms.get(operation.kind, eager), tensors, rows, self.batch)
             for operation in program.operations
@@ -98,7 +98,9 @@ class Executor:
         known = {call.operation.outputs[0]: call for call in self.calls}
         for name in sorted(per_sample):
             if name not in known or known[name].samples is None:
-                raise ValueError(f"[device program] per_sample={name}: need the first output of an operation by samples")
+                raise ValueError(
+                    f"[device program] per_sample={name}: need the first output of an operation by samples"
+                )
 
     def run(self) -> None:
         """All operations in order, on the current stream of the device. Leaves no memory behind."""
@@ -141,41 +143,59 @@ def eager(operation: Operation, inputs: Values, outputs: list[Tensor]) -> None:
         out.copy_(result)
 
 
-def _rows(batch: int, specs: Mapping[str, Spec], one: Mapping[str, Spec]) -> dict[str, int | None]:
+def _rows(
+    program: DeviceProgram, weights: Mapping[str, Tensor], specs: Mapping[str, Spec], batch: int
+) -> dict[str, int | None]:
     """Of each value: how many indices of its first axis are a sample's; 0 for the same in every batch; None where the
-    batch is not (all of) its first axis."""
+    batch is not (all of) its first axis. Found by comparison with a batch of one."""
+    inputs = {name: specs[name] for name in program.inputs}
+    inputs = {
+        n: ((1, *shape[1:]) if shape[:1] == (batch,) else shape, dtype)
+        for n, (shape, dtype) in inputs.items()
+    }
     found: dict[str, int | None] = {}
-    for name, (shape, _) in specs.items():
-        single = one[name][0]
+    for name, (single, _) in memory.shapes(program, weights, inputs).items():
+        shape = specs[name][0]
         if shape == single:
             found[name] = 0
         else:
-            by_sample = len(shape) == len(single) and shape == (batch * single[0], *single[1:])
-            found[name] = single[0] if by_sample else None
+            first = shape[0] == batch * single[0] and shape[1:] == single[1:]
+            found[name] = single[0] if first else None
     return found
 
 
 def _call(
-    operation: Operation, form: Form, tensors: Mapping[str, Tensor], rows: Mapping[str, int | None], batch: int
+    operation: Operation,
+    form: Form,
+    tensors: Mapping[str, Tensor],
+    rows: Mapping[str, int | None],
+    batch: int,
 ) -> Call:
     inputs = tuple(None if name is None else tensors[name] for name in operation.inputs)
     outputs = tuple(tensors[name] for name in operation.outputs)
     lengths = [0 if name is None else rows.get(name, 0) for name in operation.inputs]
     made = [rows[name] for name in operation.outputs]
-    samples = None
-    if all(length is not None for length in lengths) and all(made):
-        samples = tuple(
+    samples: list[tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]] | None = None
+    if batch == 1:
+        samples = [(inputs, outputs)]
+    elif None not in lengths and all(made):
+        samples = [
             (
-                tuple(_part(x, length, sample) for x, length in zip(inputs, lengths, strict=True)),
-                tuple(y for y in (_part(y, length, sample) for y, length in zip(outputs, made, strict=True)) if y is not None),
+                tuple(
+                    None if x is None else _part(x, n, sample) for x, n in zip(inputs, lengths, strict=True)
+                ),
+                tuple(_part(y, n, sample) for y, n in zip(outputs, made, strict=True)),
             )
             for sample in range(batch)
-        )
-    return Call(operation=operation, form=form, inputs=inputs, outputs=outputs, samples=samples)
+        ]
+    return Call(
+        operation=operation, form=form, inputs=inputs, outputs=outputs,
+        samples=None if samples is None else tuple(samples),
+    )  # fmt: skip
 
 
-def _part(x: Tensor | None, length: int | None, sample: int) -> Tensor | None:
-    return x.narrow(0, sample * length, length) if x is not None and length else x
+def _part(x: Tensor, length: int | None, sample: int) -> Tensor:
+    return x.narrow(0, sample * length, length) if length else x
 
 
 def _even(x: Tensor) -> bool:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .operations import evaluate
 from .operations import dense as to_dense
+from .operations import evaluate
 from .program import VIEWS, DeviceProgram, Operation
 
 ALIGNMENT = 256
@@ -180,16 +180,18 @@ def _in_place(
     found: dict[str, str] = {}
     for place_, operation in enumerate(program.operations):
         if operation.kind == "pointwise":
-            candidates = [name for name in operation.inputs if name is not None]
-        elif operation.kind == "linear" and len(operation.inputs) > 3 and operation.inputs[3] is not None:
-            candidates = [operation.inputs[3]]
+            read = [name for name in dict.fromkeys(operation.inputs) if name is not None]
+            candidates = read
+        elif operation.kind == "linear":
+            read = [name for name in operation.inputs if name is not None]
+            candidates = [name for name in operation.inputs[3:] if name is not None]
         else:
             continue
-        bases = [views.get(name, name) for name in operation.inputs if name is not None]
+        bases = [views.get(name, name) for name in read]
         free = []
-        for name in dict.fromkeys(candidates):
+        for name in candidates:
             base = views.get(name, name)
-            # A weight has no end. A base that is read twice, or under two names, may be read in another order.
+            # A weight has no end. What is read under two names, or as a factor too, is read in another order.
             alone = bases.count(base) == 1 and end.get(base) == place_
             if alone and size_of(specs[base]) == size_of(specs[name]):
                 free.append(name)
