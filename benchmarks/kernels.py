@@ -25,7 +25,7 @@ from .kernel_cases import CASES, Case
 from .kernel_report import as_markdown
 
 ROUNDS = 5
-TELLING = ("HMMA", "HGMMA", "UTCHMMA", "QGMMA", "LDGSTS", "UTMALDG", "UTMASTG", "LDL", "STL")
+TELLING = ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "UTMALDG", "LDL", "STL")
 """Machine instructions worth a note: tensor cores, asynchronous copies, spills."""
 
 
@@ -42,7 +42,7 @@ def resources(case: Case, capabilities: list[int]) -> list[dict[str, Any]]:
             found.append({
                 "kernel": launch.name, "sm": capability, "threads": cubin.threads, "registers": cubin.registers,
                 "spill_bytes": cubin.spill_bytes, "shared_bytes": cubin.shared_bytes,
-                "instructions": sorted(cubin.instructions.intersection(TELLING)),
+                "instructions": sorted(cubin.opcodes().intersection(TELLING)),
             })  # fmt: skip
     return found
 
@@ -82,6 +82,7 @@ def main(
 ) -> None:
     chosen = [one for one in CASES if case in one.name]
     device = torch.device("cuda") if torch.cuda.is_available() and not compile_only else None
+    here = environment(threads=torch.get_num_threads())
     lines: list[dict[str, Any]] = []
     if output is not None:
         output.write_text("")
@@ -90,7 +91,7 @@ def main(
             "case": one.name, "operation": one.operation, "dtype": "float16", "reach_ms": one.reach_ms,
             "cost": asdict(one.cost), "roofline_ms": one.cost.roofline_ms(),
             "timed": None if device is None else timed(one, device), "resources": resources(one, sm),
-            "environment": environment(threads=torch.get_num_threads()),
+            "environment": here,
         })  # fmt: skip
         if output is not None:
             with output.open("a") as stream:  # a later case that fails takes no result along

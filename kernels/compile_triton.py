@@ -1,6 +1,6 @@
 """Ahead-of-time compilation of a `Launch` to a cubin, on any machine: no GPU and no CUDA toolkit.
 
-ptxas and cuobjdump come with Triton. A cubin runs on the devices of its capability only (and on later minor versions
+ptxas, cuobjdump and nvdisasm come with Triton. A cubin runs on the devices of its capability only (and on later minor versions
 of the same major one for 8.x); the kernels for 9.0, 10.0 and 12.0 use instructions of just that architecture.
 """
 
@@ -23,7 +23,7 @@ from triton.errors import TritonError
 
 from .launch_triton import Launch
 
-# Compute capability: (shared memory a block may use in KiB, 32-bit registers of a multiprocessor in Ki).
+# Compute capability: shared memory that a block may use, in KiB.
 CAPABILITIES = {80: 163, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 _POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64",
@@ -44,11 +44,17 @@ class Cubin:
     scratch_bytes: int  # of global memory, per program
     registers: int
     spill_bytes: int  # of local memory, per thread
-    instructions: frozenset[str]  # opcodes of the machine code, without modifiers
 
     @property
     def sha256(self) -> str:
         return hashlib.sha256(self.data).hexdigest()
+
+    def opcodes(self) -> frozenset[str]:
+        """Of the machine code, without modifiers. Disassembles it."""
+        lines = _tool("nvdisasm", self.data, "-c")
+        return frozenset(
+            re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]+)", lines, re.MULTILINE)
+        )
 
 
 def compile_launch(launch: Launch, capability: int) -> Cubin:
@@ -89,7 +95,6 @@ def compile_launch(launch: Launch, capability: int) -> Cubin:
         scratch_bytes=metadata.global_scratch_size,
         registers=registers,
         spill_bytes=spills,
-        instructions=_opcodes(data),
     )
 
 
@@ -144,10 +149,3 @@ def _resources(data: bytes) -> tuple[int, int]:
     )
     assert found, "cuobjdump did not print the resources"
     return int(found[1]), int(found[2]) + int(found[3])
-
-
-def _opcodes(data: bytes) -> frozenset[str]:
-    lines = re.findall(
-        r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]+)", _tool("nvdisasm", data, "-c"), re.MULTILINE
-    )
-    return frozenset(lines)

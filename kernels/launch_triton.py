@@ -59,7 +59,7 @@ class Launch:
 
     @property
     def name(self) -> str:
-        return str(self.kernel.__name__).strip("_")
+        return str(self.kernel.__name__)
 
     def options(self) -> dict[str, Any]:
         return {
