@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .check import empty_channels_last
 from .configuration import configuration
-from .group_norm_triton import merged, statistics_launch
+from .group_norm_triton import merged, silu, statistics_launch
 from .input_head_triton import neighbours
 from .launch_triton import Launch, kernel
 
@@ -43,9 +43,7 @@ def _activation(x, first_row, row, valid, channel, mean, scale, offset, C: tl.co
         v -= mean[None, :]
     v = v * scale[None, :] + offset[None, :]
     if SILU:
-        # v / (1 + exp(-v)) in half the instructions: a root needs no guard for large numbers as a division does.
-        root = tl.rsqrt(1.0 + tl.exp2(v * -1.4426950408889634))
-        v = v * root * root
+        v = silu(v)
     # The channels past C meet zero weights; the rows past the volume are never stored or never added.
     return v.to(x.dtype.element_ty)
 
@@ -236,10 +234,11 @@ def output_head_launches(
     n, c, *spatial = x.shape
     out, taps, rows = weight.shape[0], 3 ** len(spatial), torch.Size(spatial).numel()
     y = empty_channels_last((n, out, *spatial), x)
-    statistics, partial, merge = statistics_launch(x, groups, None, None, None, None)
+    statistics, partial = statistics_launch(x, groups, configuration("group_norm_split", x.dtype, rows * c))
+    made = statistics.constants
     sources = {"x": x, "norm_weight": norm_weight, "norm_bias": norm_bias, "weight": weight}
     norm = {"C": c, "GROUP": c // groups}
-    merging = {"EPS": eps, "PARTIAL_ROWS": merge["ROWS"], "PARTIAL_PROGRAMS": merge["PROGRAMS"]}
+    merging = {"EPS": eps, "PARTIAL_ROWS": made["ROWS"], "PARTIAL_PROGRAMS": made["PROGRAMS"]}
     product: dict[str, float] = {**norm, "SILU": activation == "silu"}
     settings = configuration("output_head_multiply", x.dtype, out * taps)
     samples = settings["scratch"] // (4 * out * taps * rows)
