@@ -48,7 +48,7 @@ def use_launches(use: KernelUse, dtype: torch.dtype, capability: int) -> list[La
             return attention_launches(q, k, v, settings["scale"])[1]
         case "sampler_step" | "sampler_step_guided":
             return _sampler_step(use, dtype)
-    raise ValueError(f"[build] operation {use.operation!r} has no kernel")
+    raise NotImplementedError(f"operation {use.operation!r}")  # no ValueError: that leaves a use out
 
 
 def _sampler_step(use: KernelUse, dtype: torch.dtype) -> list[Launch]:

@@ -6,7 +6,6 @@ channels takes the norm before it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -35,15 +34,12 @@ def kernel_uses(path: Path, program: ProgramName, sizes: dict[str, int]) -> list
     """The uses in the ONNX file `path`, its named axes bound by `sizes`. Raises ValueError for an axis without size."""
     model = onnx.load(path, load_external_data=False)
     graph = _Graph(model, sizes)
-    found: list[KernelUse] = []
-    taken: set[str] = set()
-    for node in model.graph.node:
-        for use in _match(graph, program, node):
-            if use.operation == "output_head":
-                taken.add(node.input[0])
-            found.append(use)
-    # A norm inside an output head is not launched on its own.
-    return [use for use in found if not (use.operation == "group_norm" and _last(graph, use.node) in taken)]
+    found: dict[str, KernelUse] = {}
+    for node in model.graph.node:  # what makes a tensor comes before what reads it
+        use = _match(graph, program, node, found)
+        if use is not None:
+            found[use.node] = use
+    return list(found.values())
 
 
 def output_shape(path: Path, sizes: dict[str, int]) -> Shape:
@@ -107,12 +103,15 @@ def _shapes(model: onnx.ModelProto, sizes: dict[str, int]) -> dict[str, Shape]:
     return {name: shape for name, shape in shapes.items() if 0 not in shape}
 
 
-def _match(graph: _Graph, program: ProgramName, node: NodeProto) -> Iterator[KernelUse]:
+def _match(
+    graph: _Graph, program: ProgramName, node: NodeProto, found: dict[str, KernelUse]
+) -> KernelUse | None:
+    """The use at a node. An output head takes the norm before it out of `found`, the uses so far by node."""
     attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
     place = {"program": program, "node": node.output[0]}
     match node.op_type:
         case "GroupNormalization":
-            yield KernelUse(
+            return KernelUse(
                 **place, operation="group_norm", shapes={"x": graph.shape(node.input[0])},
                 settings={
                     "groups": attributes["num_groups"], "eps": round(attributes.get("epsilon", 1e-5), 12),
@@ -120,24 +119,24 @@ def _match(graph: _Graph, program: ProgramName, node: NodeProto) -> Iterator[Ker
                 },
             )  # fmt: skip
         case "Conv":
-            shape = graph.shape(node.input[1])
-            if _is_plain(attributes, shape) and shape[0] <= FEW_CHANNELS and _norm_before(graph, node):
-                norm = _norm_before(graph, node)
-                assert norm is not None
-                settings = next(_match(graph, program, norm)).settings
-                x = graph.shape(norm.input[0])
-                yield KernelUse(**place, operation="output_head", shapes={"x": x, "weight": shape},
-                                settings=settings)  # fmt: skip
-            elif _is_plain(attributes, shape) and shape[1] <= FEW_CHANNELS:
+            weight = graph.shape(node.input[1])
+            if not _is_plain(attributes, weight):
+                return None
+            norm = _norm_before(graph, node.input[0], found)
+            if norm is not None and weight[0] <= FEW_CHANNELS:
+                del found[norm.node]
+                return KernelUse(**place, operation="output_head", shapes={**norm.shapes, "weight": weight},
+                                 settings=norm.settings)  # fmt: skip
+            if weight[1] <= FEW_CHANNELS:
                 x = graph.shape(node.input[0])
-                yield KernelUse(**place, operation="input_head", shapes={"x": x, "weight": shape})
+                return KernelUse(**place, operation="input_head", shapes={"x": x, "weight": weight})
         case "ConvTranspose":
             _, cout, *kernel = graph.shape(node.input[1])
             doubles = set(attributes["strides"]) == {2} and set(attributes["pads"]) == {1}
             if set(kernel) == {4} and doubles and attributes.get("group", 1) == 1:
                 x = graph.shape(node.input[0])
-                yield KernelUse(**place, operation="upsample_convolution", shapes={"x": x},
-                                settings={"channels": cout})  # fmt: skip
+                return KernelUse(**place, operation="upsample_convolution", shapes={"x": x},
+                                 settings={"channels": cout})  # fmt: skip
         case "Softmax":
             scores, scale = _scaled(graph, node.input[0])
             if scores is not None and scores.op_type in ("Einsum", "MatMul"):
@@ -145,11 +144,12 @@ def _match(graph: _Graph, program: ProgramName, node: NodeProto) -> Iterator[Ker
                 query = graph.shape(scores.input[0])
                 *batch, length, keys = graph.shape(node.output[0])
                 heads = (1, *batch)[-2:] if len(batch) == 1 else tuple(batch)
-                yield KernelUse(
+                return KernelUse(
                     **place, operation="attention",
                     shapes={"q": (*heads, length, query[-1]), "k": (*heads, keys, query[-1])},
                     settings={"scale": scale * before},
                 )  # fmt: skip
+    return None
 
 
 def _is_plain(attributes: dict[str, Any], weight: Shape) -> bool:
@@ -158,20 +158,15 @@ def _is_plain(attributes: dict[str, Any], weight: Shape) -> bool:
     return set(weight[2:]) == {3} and ones and attributes.get("group", 1) == 1
 
 
-def _norm_before(graph: _Graph, convolution: NodeProto) -> NodeProto | None:
-    """The GroupNormalization whose result, perhaps after SiLU, only this convolution reads."""
-    name = convolution.input[0]
+def _norm_before(graph: _Graph, name: str, found: dict[str, KernelUse]) -> KernelUse | None:
+    """The norm that makes a tensor, perhaps with SiLU, which only one node reads."""
     if len(graph.consumers[name]) > 1 or name not in graph.producer:
         return None
-    node = graph.producer[name]
-    if node.op_type == "Mul":
-        candidates = [graph.producer.get(source) for source in node.input]
-        node = next((c for c in candidates if c is not None and graph.silu_of(c.output[0]) == name), node)
-    return node if node.op_type == "GroupNormalization" else None
-
-
-def _last(graph: _Graph, norm: str) -> str:
-    return graph.silu_of(norm) or norm
+    for source in (name, *graph.producer[name].input):
+        norm = found.get(source)
+        if norm is not None and norm.operation == "group_norm" and name in (source, graph.silu_of(source)):
+            return norm
+    return None
 
 
 def _scaled(graph: _Graph, name: str) -> tuple[NodeProto | None, float]:
