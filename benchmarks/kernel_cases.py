@@ -23,6 +23,7 @@ from volcast.kernels.sampler_step import plan_table, sampler_step, step_counter
 from volcast.kernels.upsample_convolution import phase_weights, upsample_convolution
 
 HALF = torch.float16
+META = torch.device("meta")
 Call = Callable[[], Tensor]
 
 
@@ -62,7 +63,7 @@ def volume(device: torch.device, *shape: int) -> Tensor:
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+    return torch.empty(shape, dtype=dtype, device=META)
 
 
 def _norm(channels: int, *spatial: int, reach: float) -> Case:
@@ -86,7 +87,7 @@ def _norm(channels: int, *spatial: int, reach: float) -> Case:
     def launches(capability: int) -> list[Any]:
         from volcast.kernels.group_norm_triton import group_norm_launches
 
-        x, affine = empty(1, *spatial, channels, dtype=HALF).movedim(-1, 1), empty(channels)
+        x, affine = volume(META, 1, channels, *spatial), empty(channels)
         return group_norm_launches(x, 32, affine, affine, 1e-6, "silu", None, None, None)[2]
 
     elements = channels * voxels
@@ -122,7 +123,7 @@ def _output_head(channels: int, out: int, *spatial: int, reach: float) -> Case:
     def launches(capability: int) -> list[Any]:
         from volcast.kernels.output_head_triton import output_head_launches
 
-        x, affine = empty(1, *spatial, channels, dtype=HALF).movedim(-1, 1), empty(channels)
+        x, affine = volume(META, 1, channels, *spatial), empty(channels)
         weight = empty(out, channels, 3, 3, 3, dtype=HALF)
         return output_head_launches(x, 32, affine, affine, weight, empty(out), 1e-6, "silu")[1]
 
@@ -149,7 +150,7 @@ def _input_head(channels: int, out: int, *spatial: int) -> Case:
     def launches(capability: int) -> list[Any]:
         from volcast.kernels.input_head_triton import input_head_launches
 
-        x = empty(1, *spatial, channels, dtype=HALF).movedim(-1, 1)
+        x = volume(META, 1, channels, *spatial)
         return input_head_launches(x, empty(out, channels, 3, 3, 3, dtype=HALF), empty(out))[1]
 
     return Case(
@@ -181,7 +182,7 @@ def _upsample(channels: int, *spatial: int, reach: float) -> Case:
     def launches(capability: int) -> list[Any]:
         from volcast.kernels.upsample_convolution_triton import upsample_convolution_launches
 
-        x = empty(1, *spatial, channels, dtype=HALF).movedim(-1, 1)
+        x = volume(META, 1, channels, *spatial)
         weights = empty(8, 8, channels, channels, dtype=HALF)
         return upsample_convolution_launches(x, weights, empty(channels), capability)[1]
 
@@ -250,7 +251,7 @@ def _sampler_step(channels: int, *spatial: int) -> Case:
     def launches(capability: int) -> list[Any]:
         from volcast.kernels.sampler_step_triton import sampler_step_launches
 
-        x = empty(1, *spatial, channels).movedim(-1, 1)
+        x = volume(META, 1, channels, *spatial).float()
         one = empty(1, dtype=torch.int64)
         weights, slots = empty(1, 11, dtype=torch.float64), empty(1, 6, dtype=torch.int32)
         return sampler_step_launches(x, x.half(), x.half(), one.double(), None, None, x.half(), weights, slots,
