@@ -11,19 +11,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
-import torch
 from torch import Tensor
 
-from .operations import dense, evaluate
-from .program import VIEWS, DeviceProgram, Operation
+from .memory import Spec, is_view, read_values, shapes, size_of
+from .program import DeviceProgram, Operation
 
 PEAK_FLOPS = 798e12
 """A second, fp16 or bf16 products with float32 sums: measured on an H100 SXM (8192^3, random data)."""
 PEAK_BYTES = 3.0e12
 """A second: device memory of an H100 SXM, measured by a copy."""
 
-Described = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+Described = Mapping[str, Spec]
 """Shape and dtype by name."""
+Shapes = Sequence[tuple[int, ...]]
 
 
 @final
@@ -73,88 +73,72 @@ def roofline_ms(flops: int, bytes: int) -> float:
     return 1e3 * max(flops / PEAK_FLOPS, bytes / PEAK_BYTES)
 
 
-def program_cost(program: DeviceProgram, weights: Described, inputs: Described) -> ProgramCost:
-    """The cost of one run at these shapes; nothing is computed and no memory taken.
+def program_cost(program: DeviceProgram, weights: Mapping[str, Tensor], inputs: Described) -> ProgramCost:
+    """The cost of one run at these shapes; nothing is computed. `weights` may be without memory (on `meta`).
 
-    Raises:
-        ValueError: a shape that an operation refuses.
-        KeyError: an input or weight that is not described.
+    Raises ValueError for inputs or weights that are missing or refused.
     """
-    known = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in weights.items()}
-    known |= {
-        name: dense(torch.empty(shape, dtype=dtype, device="meta")) for name, (shape, dtype) in inputs.items()
-    }
+    specs = shapes(program, weights, inputs)
+    specs |= {name: (tuple(weights[name].shape), weights[name].dtype) for name in program.weights()}
     costs = []
     for operation in program.operations:
-        given = [None if name is None else known[name] for name in operation.inputs]
-        outputs = evaluate(operation, given)
-        view = operation.kind in VIEWS
-        known |= zip(operation.outputs, outputs if view else [dense(value) for value in outputs], strict=True)
-        if not view:
-            costs.append(OperationCost(
-                kind=operation.kind, output=operation.outputs[0], flops=_flops(operation, given, outputs[0]),
-                bytes=_bytes(operation, given) + sum(map(_size, outputs)),
-            ))  # fmt: skip
+        if is_view(program, operation):
+            continue
+        # What is read twice by one operation comes from device memory once.
+        moved = {*read_values(program, operation), *operation.outputs}
+        given = [() if name is None else specs[name][0] for name in operation.inputs]
+        costs.append(OperationCost(
+            kind=operation.kind, output=operation.outputs[0],
+            flops=_flops(operation, given, specs[operation.outputs[0]][0]),
+            bytes=sum(size_of(specs[name]) for name in moved),
+        ))  # fmt: skip
     return ProgramCost(operations=tuple(costs))
 
 
-def _bytes(operation: Operation, given: Sequence[Tensor | None]) -> int:
-    # What is read twice by one operation comes from device memory once.
-    read = dict(zip(operation.inputs, given, strict=True))
-    if operation.kind in ("reshape", "resize"):
-        read = {operation.inputs[0]: given[0]}
-    return sum(_size(value) for value in read.values() if value is not None)
-
-
-def _size(value: Tensor) -> int:
-    return value.numel() * value.element_size()
-
-
-def _flops(operation: Operation, given: Sequence[Tensor | None], output: Tensor) -> int:
+def _flops(operation: Operation, given: Shapes, output: tuple[int, ...]) -> int:
     count = _COUNTED.get(operation.kind)
-    return 0 if count is None else 2 * count(given, operation.settings, output)
+    return 0 if count is None else 2 * count(given, operation.settings, math.prod(output))
 
 
-def _convolution(given: Sequence[Any], settings: Mapping[str, Any], output: Tensor) -> int:
-    return output.numel() * int(given[1][0].numel())
+def _convolution(given: Shapes, settings: Mapping[str, Any], output: int) -> int:
+    return output * math.prod(given[1][1:])
 
 
-def _transposed_convolution(given: Sequence[Any], settings: Mapping[str, Any], output: Tensor) -> int:
-    return int(given[0].numel() * given[1][0].numel())
+def _transposed_convolution(given: Shapes, settings: Mapping[str, Any], output: int) -> int:
+    return math.prod(given[0]) * math.prod(given[1][1:])
 
 
-def _output_head(given: Sequence[Any], settings: Mapping[str, Any], output: Tensor) -> int:
-    return output.numel() * int(given[3][0].numel())
+def _output_head(given: Shapes, settings: Mapping[str, Any], output: int) -> int:
+    return output * math.prod(given[3][1:])
 
 
-def _upsample_convolution(given: Sequence[Any], settings: Mapping[str, Any], output: Tensor) -> int:
-    _, taps, channels, _ = given[1].shape  # of one phase
-    return output.numel() * int(taps) * int(channels)
+def _upsample_convolution(given: Shapes, settings: Mapping[str, Any], output: int) -> int:
+    _, taps, channels, _ = given[1]  # of one phase
+    return output * taps * channels
 
 
-def _product(given: Sequence[Any], settings: Mapping[str, Any], output: Tensor) -> int:
+def _product(given: Shapes, settings: Mapping[str, Any], output: int) -> int:
     # linear has the weight [Cin, Cout], matmul [.., K, M]: the summed axis is the last but one of the second.
-    return output.numel() * int(given[1].shape[-2])
+    return output * given[1][-2]
 
 
-def _einsum(given: Sequence[Any], settings: Mapping[str, Any], output: Tensor) -> int:
+def _einsum(given: Shapes, settings: Mapping[str, Any], output: int) -> int:
     terms = settings["equation"].replace(" ", "").split("->")[0].split(",")
     if any("." in term for term in terms):
         raise ValueError(f"[cost] equation={settings['equation']!r}: need every axis by its letter")
     sizes = {
         letter: size
-        for term, value in zip(terms, given, strict=True)
-        for letter, size in zip(term, value.shape, strict=True)
+        for term, shape in zip(terms, given, strict=True)
+        for letter, size in zip(term, shape, strict=True)
     }
     return math.prod(sizes.values())
 
 
-def _attention(given: Sequence[Any], settings: Mapping[str, Any], output: Tensor) -> int:
-    q, k, _ = given
-    return 2 * int(q.numel()) * int(k.shape[1])  # q k^T, then its product with v
+def _attention(given: Shapes, settings: Mapping[str, Any], output: int) -> int:
+    return 2 * output * given[1][1]  # q k^T, then its product with v, over the keys
 
 
-_COUNTED: dict[str, Callable[[Sequence[Any], Mapping[str, Any], Tensor], int]] = {
+_COUNTED: dict[str, Callable[[Shapes, Mapping[str, Any], int], int]] = {
     "attention": _attention,
     "convolution": _convolution,
     "einsum": _einsum,
