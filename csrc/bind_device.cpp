@@ -39,7 +39,9 @@ std::shared_ptr<HostGraph> make_host_graph(std::shared_ptr<const Driver> driver,
         try {
             (*held)();
         } catch (const py::error_already_set& error) {
-            throw Raised{share(error.value())};
+            const py::object value = error.value();
+            if (error.trace()) PyException_SetTraceback(value.ptr(), error.trace().ptr());
+            throw Raised{share(value)};
         }
     };
     const py::gil_scoped_release release;
@@ -107,7 +109,7 @@ void bind_errors(py::module_& m) {
 
 void bind_device(py::module_& m) {
     bind_errors(m);
-    // Threads that ended within Python's own end could no longer take its lock.
+    // A thread that outlived Python could never take its lock again.
     py::module_::import("atexit").attr("register")(py::cpp_function(&host_close, GilFree()));
 
     const auto dying = py::release_gil_before_calling_cpp_dtor();

@@ -1,4 +1,4 @@
-#include "host_stream.hpp"
+#include "host_queue.hpp"
 
 #include <stdexcept>
 #include <utility>
