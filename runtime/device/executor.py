@@ -78,9 +78,9 @@ class Executor:
         self.impl = Impl(impl) if impl is not None else Impl.TRITON if device.type == "cuda" else Impl.EAGER
         forms: Mapping[str, Form] = {}
         if self.impl is Impl.TRITON:
-            from . import fused
+            from .fused import FORMS, pack
 
-            forms, weights = fused.FORMS, fused.pack(program, weights)
+            forms, weights = FORMS, pack(program, weights)
         self.weights = {name: weights[name] for name in program.weights() if name in weights}
         self.specs = memory.shapes(program, self.weights, inputs)
         self.plan: MemoryPlan = memory.plan(program, self.specs, keep)

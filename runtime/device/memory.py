@@ -136,8 +136,7 @@ def plan(program: DeviceProgram, specs: Mapping[str, Spec], keep: frozenset[str]
     owner: dict[str, str] = {}
     for name in start:
         taken = in_place.get(name)
-        base = None if taken is None else views.get(taken, taken)
-        owner[name] = name if base is None else owner[base]
+        owner[name] = name if taken is None else owner[views.get(taken, taken)]
     last = {own: max(end[name] for name in start if owner[name] == own) for own in set(owner.values())}
     buffers = [
         Buffer(name=name, bytes=_aligned(size_of(specs[name])), start=start[name], end=last[name])
@@ -175,23 +174,17 @@ def _views(program: DeviceProgram) -> dict[str, str]:
 def _in_place(
     program: DeviceProgram, specs: Mapping[str, Spec], views: Mapping[str, str], end: Mapping[str, int]
 ) -> dict[str, str]:
-    """Results that may take over the memory of an input that dies there: of `pointwise`, where each element is read
-    before it is written, and of `linear` its residual, which a product adds to."""
     found: dict[str, str] = {}
     for place_, operation in enumerate(program.operations):
+        candidates = _overwritable(operation)
+        read = [name for name in operation.inputs if name is not None]
         if operation.kind == "pointwise":
-            read = [name for name in dict.fromkeys(operation.inputs) if name is not None]
-            candidates = read
-        elif operation.kind == "linear":
-            read = [name for name in operation.inputs if name is not None]
-            candidates = [name for name in operation.inputs[3:] if name is not None]
-        else:
-            continue
+            read = list(dict.fromkeys(read))
         bases = [views.get(name, name) for name in read]
         free = []
         for name in candidates:
             base = views.get(name, name)
-            # A weight has no end. What is read under two names, or as a factor too, is read in another order.
+            # A weight has no end. What is read under two names is read in another order as well.
             alone = bases.count(base) == 1 and end.get(base) == place_
             if alone and size_of(specs[base]) == size_of(specs[name]):
                 free.append(name)
@@ -200,7 +193,28 @@ def _in_place(
             if taken is not None:
                 free.remove(taken)
                 found[result] = taken
+            if operation.kind == "group_norm":
+                break
     return found
+
+
+def _overwritable(operation: Operation) -> list[str]:
+    """The inputs that its results may overwrite, because each element is read before it is written.
+
+    Of `group_norm` that is the first result alone: its addends are read again after the sum is written.
+    `linear` adds its product to the residual.
+    """
+    places: tuple[int, ...] = ()
+    if operation.kind == "pointwise":
+        places = tuple(range(len(operation.inputs)))
+    elif operation.kind == "linear":
+        places = (3,)
+    elif operation.kind == "layer_norm" or (
+        operation.kind == "group_norm" and operation.inputs[5:6] in ((), (None,))
+    ):
+        places = (0, 4)
+    named = [operation.inputs[place_] for place_ in places if place_ < len(operation.inputs)]
+    return list(dict.fromkeys(name for name in named if name is not None))
 
 
 def _aligned(size: int) -> int:
