@@ -22,25 +22,26 @@ Form = Callable[[Operation, Values, list[Tensor]], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One operation on the tensors that it reads and writes. `samples`: the same, sample by sample, or None where its
-    tensors do not all begin with the batch."""
+    """One operation on the tensors that it reads and writes. `values`: the inputs in the arena. `samples`: the same, sample by sample, or None where its tensors do not all begin with the batch."""
 
     operation: Operation
     form: Form
     inputs: tuple[Tensor | None, ...]
     outputs: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
     samples: tuple[tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]], ...] | None
 
     def at_once(self) -> None:
         self.form(self.operation, self.inputs, list(self.outputs))
 
     def by_sample(self) -> None:
-        """Each sample as a batch of one would run: through a copy where its memory begins at odd bytes, because
-        libraries pick other kernels there."""
+        """Each sample as a batch of one would run. Libraries choose by alignment too, so what lies otherwise than the
+        first sample goes through a copy."""
         assert self.samples is not None
         for inputs, outputs in self.samples:
-            read = [None if x is None else x if _even(x) else x.clone() for x in inputs]
-            written = [y if _even(y) else torch.empty_like(y) for y in outputs]
+            pairs = zip(inputs, self.inputs, strict=True)
+            read = [None if x is None or whole is None else _lying_as(whole, x, True) for x, whole in pairs]
+            written = [_lying_as(whole, y, False) for y, whole in zip(outputs, self.outputs, strict=True)]
             self.form(self.operation, read, written)
             for y, made in zip(outputs, written, strict=True):
                 if made is not y:
@@ -91,7 +92,7 @@ class Executor:
         self.batch = inputs[program.inputs[0]][0][0]
         rows = _rows(program, self.weights, self.specs, self.batch)
         self.calls = tuple(
-            _call(operation, forms.get(operation.kind, eager), tensors, rows, self.batch)
+            self._call(operation, forms.get(operation.kind, eager), tensors, rows)
             for operation in program.operations
             if not memory.is_view(program, operation)
         )
@@ -136,6 +137,29 @@ class Executor:
                     (tensors[name],) = evaluate(operation, given)
         return tensors
 
+    def _call(
+        self, operation: Operation, form: Form, tensors: Mapping[str, Tensor], rows: Mapping[str, int | None]
+    ) -> Call:
+        inputs = tuple(None if name is None else tensors[name] for name in operation.inputs)
+        outputs = tuple(tensors[name] for name in operation.outputs)
+        lengths = [0 if name is None else rows.get(name, 0) for name in operation.inputs]
+        made = [rows[name] for name in operation.outputs]
+
+        def part(of: int) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
+            read = zip(inputs, lengths, strict=True)
+            return (
+                tuple(None if x is None else _part(x, length, of) for x, length in read),
+                tuple(_part(y, length, of) for y, length in zip(outputs, made, strict=True)),
+            )
+
+        apart = self.batch == 1 or (None not in lengths and all(made))
+        bases = {name: self.plan.views.get(name, name) for name in operation.inputs if name is not None}
+        values = tuple(tensors[name] for name, base in bases.items() if base in self.plan.offsets)
+        return Call(
+            operation=operation, form=form, inputs=inputs, outputs=outputs, values=values,
+            samples=tuple(map(part, range(self.batch))) if apart else None,
+        )  # fmt: skip
+
 
 def eager(operation: Operation, inputs: Values, outputs: list[Tensor]) -> None:
     """The form of any operation: its definition, then a copy."""
@@ -164,39 +188,17 @@ def _rows(
     return found
 
 
-def _call(
-    operation: Operation,
-    form: Form,
-    tensors: Mapping[str, Tensor],
-    rows: Mapping[str, int | None],
-    batch: int,
-) -> Call:
-    inputs = tuple(None if name is None else tensors[name] for name in operation.inputs)
-    outputs = tuple(tensors[name] for name in operation.outputs)
-    lengths = [0 if name is None else rows.get(name, 0) for name in operation.inputs]
-    made = [rows[name] for name in operation.outputs]
-    samples: list[tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]] | None = None
-    if batch == 1:
-        samples = [(inputs, outputs)]
-    elif None not in lengths and all(made):
-        samples = [
-            (
-                tuple(
-                    None if x is None else _part(x, n, sample) for x, n in zip(inputs, lengths, strict=True)
-                ),
-                tuple(_part(y, n, sample) for y, n in zip(outputs, made, strict=True)),
-            )
-            for sample in range(batch)
-        ]
-    return Call(
-        operation=operation, form=form, inputs=inputs, outputs=outputs,
-        samples=None if samples is None else tuple(samples),
-    )  # fmt: skip
-
-
 def _part(x: Tensor, length: int | None, sample: int) -> Tensor:
     return x.narrow(0, sample * length, length) if length else x
 
 
-def _even(x: Tensor) -> bool:
-    return x.data_ptr() % 16 == 0
+def _lying_as(whole: Tensor, part: Tensor, filled: bool) -> Tensor:
+    """`part`, or memory like it that begins at a multiple of 16 bytes where and only where `whole` does."""
+    odd = whole.data_ptr() % 16
+    if part.data_ptr() % 16 == odd:
+        return part
+    first = odd // part.itemsize
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(part.shape, part.stride(), strict=True))
+    lines = torch.empty(first + extent, dtype=part.dtype, device=part.device)
+    copy = lines.as_strided(part.shape, part.stride(), first)
+    return copy.copy_(part) if filled else copy
