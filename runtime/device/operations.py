@@ -99,6 +99,8 @@ def _upsample_convolution(i: list[Any], s: dict[str, Any]) -> list[Tensor]:
 
 def _group_norm(i: list[Any], s: dict[str, Any]) -> list[Tensor]:
     x, weight, bias, shift, residual, second = (*i, None, None, None)[:6]
+    if shift is not None:  # columns of a table, or one for all samples
+        shift = shift.reshape(-1, x.shape[1]).expand(x.shape[0], -1).contiguous()
     settings = {
         "eps": s["eps"],
         "activation": s["activation"],
