@@ -81,14 +81,26 @@ LoopTiming run(const Executable& step, const Stream& stream, int steps, int ahea
     return run_steps(step, stream, steps, ahead, after, previews);
 }
 
-void bind_errors(py::module_& m) {
+const py::object& error_type() {
     PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<py::object> type;
-    type.call_once_and_store_result([&] {
+    const auto make = [] {
         const char* doc = "An error of the CUDA driver: code, its name, and whether this process has lost the GPU.";
         return py::reinterpret_steal<py::object>(
             PyErr_NewExceptionWithDoc("volcast._core.DeviceError", doc, PyExc_RuntimeError, nullptr));
-    });
-    m.attr("DeviceError") = type.get_stored();
+    };
+    return type.call_once_and_store_result(make).get_stored();
+}
+
+py::object to_python(const DeviceError& error) {
+    py::object exception = error_type()(error.what());
+    exception.attr("code") = error.code;
+    exception.attr("name") = error.name;
+    exception.attr("lost") = error.lost;
+    return exception;
+}
+
+void bind_errors(py::module_& m) {
+    m.attr("DeviceError") = error_type();
     py::register_exception_translator([](std::exception_ptr thrown) {
         try {
             if (thrown) std::rethrow_exception(thrown);
@@ -96,11 +108,7 @@ void bind_errors(py::module_& m) {
             const py::object& exception = *raised.exception;
             PyErr_SetObject(py::type::handle_of(exception).ptr(), exception.ptr());
         } catch (const DeviceError& error) {
-            const py::object exception = type.get_stored()(error.what());
-            exception.attr("code") = error.code;
-            exception.attr("name") = error.name;
-            exception.attr("lost") = error.lost;
-            PyErr_SetObject(type.get_stored().ptr(), exception.ptr());
+            PyErr_SetObject(error_type().ptr(), to_python(error).ptr());
         }
     });
 }
@@ -119,7 +127,10 @@ void bind_device(py::module_& m) {
                     "where there is no driver or GPU, or the driver is older than 12.0.")
         .def_static("host", &Driver::host, "The same functions, carried out by threads of this process.")
         .def_property_readonly("name", &Driver::name)
-        .def_property_readonly("version", &Driver::version);
+        .def_property_readonly("version", &Driver::version)
+        .def(
+            "error", [](const Driver& d, const std::string& op, int code) { return to_python(d.error(op, code)); },
+            py::arg("operation"), py::arg("code"));
     py::class_<Event, std::shared_ptr<Event>>(m, "Event", "A point in a stream's work.", dying)
         .def(py::init<std::shared_ptr<const Driver>>(), py::arg("driver"), GilFree())
         .def("done", &Event::done, GilFree())
@@ -150,6 +161,6 @@ void bind_device(py::module_& m) {
           py::arg("ahead") = 2, py::arg("on_step") = py::none(), py::arg("snapshot") = py::none(),
           py::arg("preview") = py::none(), py::arg("preview_stream") = py::none(), py::arg("every") = 0,
           py::arg("on_preview") = py::none(),
-          "Launches step steps times on stream, at most `ahead` unfinished. on_step(done, steps) follows each finished\n"
-          "step; what it raises stops the launches, and is raised when all that was launched has finished.");
+          "Launches step steps times on stream, at most `ahead` unfinished. on_step(done, steps) follows each\n"
+          "finished step; what it raises stops the launches, and is raised when all launched work has finished.");
 }

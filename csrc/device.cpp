@@ -76,7 +76,8 @@ void Stream::synchronize() const {
 
 HostGraph::HostGraph(std::shared_ptr<const Driver> driver, std::function<void()> function)
     : driver_(std::move(driver)) {
-    check(driver_->is_host(), "HostGraph", "driver=", driver_->name(), ": need the host form; capture CUDA graphs instead");
+    check(driver_->is_host(), "HostGraph", "driver=", driver_->name(),
+          ": need the host form; capture CUDA graphs instead");
     OwnedGraph owned(*driver_);
     driver_->check_result("add a function to a graph", host_add_function(owned.graph, std::move(function)));
     graph_ = owned.release();

@@ -12,7 +12,7 @@
 
 #include "driver.hpp"
 
-// The host form's streams: threads with first-in first-out queues. host_streams.cpp and host_graphs.cpp put the driver's API on them.
+// The host form's streams: threads with first-in first-out queues, the driver's API aside.
 // Tasks, functions and faults are let go of outside all locks: their destruction may wait for locks of its own.
 namespace volcast {
 

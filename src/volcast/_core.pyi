@@ -1,8 +1,8 @@
-"""The sampler core in C++: noise schedules, sampling plans, counter-based noise, the loop."""
+"""The sampler core in C++: noise schedules, sampling plans, counter-based noise, the loops."""
 
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -152,4 +152,131 @@ def run(
     `network(step, x, branch)` returns an array of x's shape and dtype. The x it is shown is read-only and the same
     array at every step, so copy what must last. `guidance` w gives u + w*(c - u): one BOTH call if `doubled`, else
     two. `on_step(done, total)` follows each row. What it, the network or Ctrl-C raises stops the loop.
+    """
+
+class DeviceError(RuntimeError):
+    """What the CUDA driver reports: `[cuda] operation: CUDA_ERROR_X (text); remedy`."""
+
+    code: int
+    """The driver's CUresult."""
+    name: str
+    """`CUDA_ERROR_ILLEGAL_ADDRESS`, say."""
+    lost: bool
+    """The CUDA context is dead: only a new process can use the GPU again."""
+
+@final
+class Driver:
+    """The CUDA driver API, or its host form: the same functions, carried out by threads of this process.
+
+    The host form calls Python functions where a GPU runs kernels. What a function raises fails its launch: the
+    stream skips all that was enqueued before the failure was reported, and streams that wait for skipped work do so
+    too. The next `synchronize`, `Event.synchronize` or `Event.done` raises the exception itself, once for each
+    stream; then the stream works again. At Python's exit, functions that have begun are waited for and the rest is
+    skipped.
+    """
+
+    @staticmethod
+    def cuda(device: int = 0) -> Driver:
+        """Opens the device's primary context, which torch uses too; `device` counts as torch does.
+
+        Raises:
+            ValueError: there is no NVIDIA driver or no such GPU, or the driver is older than CUDA 12.0.
+            DeviceError: the context cannot be opened; the GPU's memory is full, say.
+        """
+    @staticmethod
+    def host() -> Driver: ...
+    @property
+    def name(self) -> str:
+        """`cuda` or `host`."""
+    @property
+    def version(self) -> int:
+        """The driver API's, 1000 * major + 10 * minor; the host form covers a part of 12.0."""
+    def error(self, operation: str, code: int) -> DeviceError:
+        """The error for a CUresult that another library met; cudaError_t has the same numbers."""
+
+@final
+class Event:
+    """A point in a stream's work. Waiting threads sleep; there is no timing. Use it from any thread."""
+
+    def __init__(self, driver: Driver) -> None: ...
+    def done(self) -> bool:
+        """Whether the work before the last record is done; True without a record. Raises what failed."""
+    def synchronize(self) -> None:
+        """Blocks, without Python's lock, until `done`."""
+
+@final
+class Stream:
+    """Work in order, beside that of other streams and of torch's default stream. Use it from any thread.
+
+    Destroying it lets the work that it has finish; the host form waits for that.
+    """
+
+    def __init__(self, driver: Driver) -> None: ...
+    @property
+    def handle(self) -> int:
+        """For `torch.cuda.ExternalStream`; keep this object as long as that is used."""
+    def record(self, event: Event) -> None: ...
+    def wait(self, event: Event) -> None:
+        """Work enqueued later waits for the event's last record; the caller does not block."""
+    def synchronize(self) -> None:
+        """Blocks, without Python's lock, until all that was enqueued is done."""
+
+@final
+class HostGraph:
+    """A graph of one node, which calls `function` on the thread of the stream. Host form only."""
+
+    def __init__(self, driver: Driver, function: Callable[[], object]) -> None: ...
+    @property
+    def handle(self) -> int: ...
+
+@final
+class Executable:
+    """The graphs one after another, `repeats` times over, launched as one. Launches of one never overlap.
+
+    The handles are CUgraphs: `torch.cuda.CUDAGraph(keep_graph=True).raw_cuda_graph()`, or a HostGraph's. Their nodes
+    are copied, but the memory and kernels that they use are not: keep the CUDAGraph objects as long as this. A
+    HostGraph may go once this is made.
+    """
+
+    def __init__(self, driver: Driver, graph_handles: Sequence[int], repeats: int = 1) -> None: ...
+    def launch(self, stream: Stream) -> None:
+        """Enqueues it and returns."""
+
+@final
+class LoopTiming:
+    """Seconds spent by `run_steps`, those of them within launches, and how many executables were launched."""
+
+    @property
+    def total_s(self) -> float: ...
+    @property
+    def launch_s(self) -> float: ...
+    @property
+    def launches(self) -> int: ...
+
+def run_steps(
+    step: Executable,
+    stream: Stream,
+    steps: int,
+    *,
+    ahead: int = 2,
+    on_step: Callable[[int, int], object] | None = None,
+    snapshot: Executable | None = None,
+    preview: Executable | None = None,
+    preview_stream: Stream | None = None,
+    every: int = 0,
+    on_preview: Callable[[int], object] | None = None,
+) -> LoopTiming:
+    """Launches `step` `steps` times on `stream`, with at most `ahead` launches unfinished, and waits for all.
+
+    `on_step(done, steps)` follows each finished step, in order. What it, `on_preview`, a step or Ctrl-C raises ends
+    the launching, at most `ahead` - 1 steps later; it is raised once all that was launched has finished.
+
+    With `every`, and then with all four preview arguments: after each `every`-th step, the last one included,
+    `snapshot` runs on `stream` and copies the state aside, and `preview` on `preview_stream` works on the copy while
+    the steps go on. `on_preview(step)` is called between steps once it is done. A preview that comes due while another
+    runs is skipped; the last is awaited.
+
+    Raises:
+        ValueError: `steps` or `ahead` is below 1, or the preview arguments are not all or none.
+        DeviceError: the driver failed. On the host form, what a function raised is raised instead.
     """
