@@ -18,18 +18,10 @@ def _elementwise(step: str) -> Operator:
 def _add(w: Lowering, n: NodeProto) -> None:
     """A product's bias goes into the product."""
     for product, bias in (tuple(n.input), tuple(reversed(n.input))):
-        made = (
-            w.operations.get(w.value(product))
-            if product in w.node_of and not w.vector_axis(product)
-            else None
-        )
-        fits = made is not None and made.kind == "linear" and len(made.inputs) == 2
-        if (
-            fits
-            and w.is_weight(bias)
-            and w.shapes[bias] == w.shapes[product][-1:]
-            and w.readers[product] == 1
-        ):
+        made = w.made_by(product)
+        if made is None or made.kind != "linear" or len(made.inputs) != 2 or not w.is_weight(bias):
+            continue
+        if w.shapes[bias] == w.shapes[product][-1:] and w.readers[product] == 1:
             w.emit(n.output[0], "linear", [*made.inputs, w.weight(bias)], w.shapes[product])
             return
     w.elementwise(n, "add", *n.input)
