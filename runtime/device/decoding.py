@@ -1,10 +1,9 @@
-"""From the loop's latent to images on the host, on a stream of its own: the next batch's steps need not wait.
-
-Samples are decoded one by one: an image's bits do not depend on its batch, and the memory is that of one.
-"""
+"""From the loop's latent to images on the host, on a stream of its own: the next batch's steps need not wait."""
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from typing import Any, final
 
 import numpy as np
@@ -15,126 +14,160 @@ from torch import Tensor
 from volcast import _core
 from volcast.runtime.spec import ArtifactSpec
 
+from . import memory
 from .executor import Executor
 from .graphs import Function, Graphs
 from .model import DeviceModel
+from .operations import evaluate
 from .slab_decode import SlabDecoder
+from .slab_plan import plan_slabs
+from .step_loop import StepLoop
+
+
+class Decoder(ABC):
+    """Makes the image of one sample.
+
+    Attributes:
+        bytes: the device memory that it takes.
+        recorded: whether its work can be a graph: it allocates nothing.
+        shape: of an image, `C D H W`.
+    """
+
+    bytes: int
+    recorded: bool
+    shape: tuple[int, ...]
+
+    @abstractmethod
+    def __call__(self, latent: Tensor) -> Tensor:
+        """The image `[1, C, D, H, W]`, float32, of one latent as the loop leaves it."""
+
+
+@final
+class Whole(Decoder):
+    """The whole program at once, in one planned arena."""
+
+    recorded = True
+
+    def __init__(self, executor: Executor, scale: float) -> None:
+        self._executor, self._scale = executor, scale
+        image = executor.outputs["image"]
+        self.shape = tuple(image.shape[1:])
+        self.bytes = executor.plan.bytes + 4 * image.numel()
+
+    def __call__(self, latent: Tensor) -> Tensor:
+        self._executor.inputs["z"].copy_(latent / self._scale)
+        self._executor.run()
+        return self._executor.outputs["image"].float()
+
+
+@final
+class Slabs(Decoder):
+    """Slab by slab, with the statistics of the whole volume."""
+
+    recorded = False
+
+    def __init__(
+        self, decoder: SlabDecoder, dtype: torch.dtype, image: memory.Spec, peak: int, scale: float
+    ) -> None:
+        self._decoder, self._dtype, self._scale = decoder, dtype, scale
+        self.shape = image[0][1:]
+        self.bytes = peak + 4 * math.prod(image[0])
+
+    def __call__(self, latent: Tensor) -> Tensor:
+        return self._decoder.run({"z": (latent / self._scale).to(self._dtype)})["image"].float()
+
+
+@final
+class Nothing(Decoder):
+    """A model without an autoencoder works on images."""
+
+    recorded, bytes = True, 0
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+
+    def __call__(self, latent: Tensor) -> Tensor:
+        return latent
+
+
+def open_decoder(
+    spec: ArtifactSpec, model: DeviceModel, latent: tuple[int, ...], limit: int | None
+) -> Decoder:
+    """The fastest decoder of a latent `C D H W` that takes at most `limit` bytes besides the weights; None: no limit.
+
+    Raises ValueError, with the least that would do, where even the smallest slabs take more.
+    """
+    if "decode" not in spec.programs:
+        return Nothing(latent)
+    described = model.described({"z": (spec.programs["decode"].inputs[0], (1, *latent))})
+    program, weights = model.program("decode"), model.weights("decode")
+    model.check("decode", described)
+    specs = memory.shapes(program, weights, described)
+    image = specs["image"]
+    whole = memory.plan(program, specs).bytes + 4 * math.prod(image[0])
+    if limit is None or whole <= limit:
+        return Whole(Executor(program, weights, described, model.device), spec.scale_factor)
+    apply = evaluate
+    if model.device.type == "cuda":
+        from .slab_apply import FusedApply
+
+        apply = FusedApply()
+    held = sum(x.nbytes for x in weights.values())
+    room = limit - 4 * math.prod(image[0]) + held
+    plan = plan_slabs(program, weights, described, room, apply)
+    decoder = SlabDecoder(plan, weights, apply)
+    return Slabs(decoder, model.dtype, image, plan.peak_bytes - held, spec.scale_factor)
 
 
 @final
 class Decoding:
-    """One batch's way out. `hand_over` runs on the loop's stream, `finish` and `show` on `stream`.
+    """One batch's way out. `hand_over` and `snapshot` run on the loop's stream, `finish` and `show` on `stream`.
 
     Attributes:
-        image: float32 `[N, C, D, H, W]` on the host, page-locked on a GPU; what `finish` writes.
+        image: float32 `[N, C, D, H, W]` on the host, page-locked for a GPU; what `finish` writes.
         preview: the same for `show`.
         bytes: the device memory of the decoder's own.
     """
 
-    def __init__(
-        self,
-        spec: ArtifactSpec,
-        model: DeviceModel,
-        graphs: Graphs,
-        loop_stream: _core.Stream,
-        x: Tensor,
-        counter: Tensor,
-        memory: int | None,
-    ) -> None:
-        """`memory`: the bytes that decoding may take on the device; None: no limit.
-
-        Raises ValueError where even the smallest slabs take more.
-        """
+    def __init__(self, graphs: Graphs, loop: StepLoop, decoder: Decoder) -> None:
+        x, counter = loop.x, loop.counter
         self.stream = graphs.stream()
-        self._scale = spec.scale_factor
-        self._x, self._counter = x, counter
         self._latent, self._shown = torch.empty_like(x), torch.empty_like(x)
-        self._decode, image_shape, record = _decoder(spec, model, graphs, x, memory)
-        n = x.shape[0]
-        pinned = x.is_cuda
-        self.image = torch.empty((n, *image_shape), pin_memory=pinned)
-        self.preview = torch.empty((n, *image_shape), pin_memory=pinned)
+        self.bytes = decoder.bytes + 2 * x.nbytes
+        shape, pinned = (x.shape[0], *decoder.shape), x.is_cuda
+        self.image = torch.empty(shape, pin_memory=pinned)
+        self.preview = torch.empty(shape, pin_memory=pinned)
         self._flags = torch.empty(counter.shape, dtype=counter.dtype, pin_memory=pinned)
-        self.bytes = self._decode.bytes + 2 * x.nbytes
+        self._graphs: list[Any] = []
 
-        def work(function: Function, stream: _core.Stream, recorded: bool) -> Any:
-            return graphs.executable(graphs.record(function, stream)) if recorded else graphs.direct(function)
+        def recorded(function: Function, stream: _core.Stream) -> _core.Executable:
+            self._graphs.append(graphs.record(function, stream))  # its kernels' memory lives as long as it
+            return graphs.executable(self._graphs[-1])
 
-        self.hand_over = work(self._hand_over, loop_stream, True)
-        self.snapshot = work(lambda: _copy(self._shown, self._x), loop_stream, True)
-        self.finish = work(lambda: self._images(self._latent, self.image), self.stream, record)
-        self.show = work(lambda: self._images(self._shown, self.preview), self.stream, record)
+        def images(latent: Tensor, to: Tensor) -> None:
+            # One by one: an image's bits do not depend on its batch, and the memory is that of one.
+            for sample in range(len(to)):
+                to[sample].copy_(decoder(latent[sample : sample + 1])[0], non_blocking=True)
+
+        def hand_over() -> None:
+            self._latent.copy_(x)
+            self._flags.copy_(counter, non_blocking=True)
+
+        self.hand_over = recorded(hand_over, loop.stream)
+        self.snapshot = recorded(lambda: _copy(self._shown, x), loop.stream)
+        work = recorded if decoder.recorded else lambda function, _: graphs.direct(function)
+        self.finish: Any = work(lambda: images(self._latent, self.image), self.stream)
+        self.show: Any = work(lambda: images(self._shown, self.preview), self.stream)
 
     def check(self, plan: _core.Plan, samples: NDArray[np.uint64]) -> None:
         """Raise ValueError where a value was not finite; call it when `finish` has run."""
-        first = self._flags[2:].tolist()
-        for sample, step in zip(samples.tolist(), first, strict=True):
+        for sample, step in zip(samples.tolist(), self._flags[2:].tolist(), strict=True):
             if step >= 0:
                 raise ValueError(
                     f"[loop] step {step} (t={plan.rows[step]['t']:g}), sample {sample}: the network's output or x is "
                     "not finite; check the weights, the condition and the precision"
                 )
 
-    def _hand_over(self) -> None:
-        self._latent.copy_(self._x)
-        self._flags.copy_(self._counter, non_blocking=True)
-
-    def _images(self, latent: Tensor, images: Tensor) -> None:
-        for one, image in zip(latent.split(1), images.split(1), strict=True):
-            image.copy_(self._decode(one / self._scale if self._decode.scaled else one), non_blocking=True)
-
 
 def _copy(to: Tensor, source: Tensor) -> None:
     to.copy_(source)
-
-
-@final
-class _Whole:
-    """The whole program at once, in one planned arena."""
-
-    scaled = True
-
-    def __init__(self, executor: Executor) -> None:
-        self._executor = executor
-        self.bytes = executor.plan.bytes
-
-    def __call__(self, z: Tensor) -> Tensor:
-        self._executor.inputs["z"].copy_(z)
-        self._executor.run()
-        return self._executor.outputs["image"].float()
-
-
-@final
-class _Slabs:
-    """Slab by slab, with the statistics of the whole volume."""
-
-    scaled = True
-
-    def __init__(self, decoder: SlabDecoder, dtype: torch.dtype, peak: int) -> None:
-        self._decoder, self._dtype = decoder, dtype
-        self.bytes = peak
-
-    def __call__(self, z: Tensor) -> Tensor:
-        return self._decoder.run({"z": z.to(self._dtype)})["image"].float()
-
-
-@final
-class _Nothing:
-    """A model without an autoencoder works on images."""
-
-    scaled, bytes = False, 0
-
-    def __call__(self, z: Tensor) -> Tensor:
-        return z
-
-
-def _decoder(
-    spec: ArtifactSpec, model: DeviceModel, graphs: Graphs, x: Tensor, memory: int | None
-) -> tuple[Any, tuple[int, ...], bool]:
-    """(what decodes one sample, its image's shape, whether it can be recorded as a graph)."""
-    if "decode" not in spec.programs:
-        return _Nothing(), tuple(x.shape[1:]), True
-    tensor = spec.programs["decode"].inputs[0]
-    described = model.described({"z": (tensor, (1, *x.shape[1:]))})
-    program, weights = model.program("decode"), model.weights("decode")
-    raise NotImplementedError

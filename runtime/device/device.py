@@ -13,6 +13,7 @@ from volcast import _core
 from .graphs import CudaGraphs, Graphs, HostGraphs
 
 OLDEST = (8, 0)
+UNKNOWN = 999  # CUDA_ERROR_UNKNOWN
 INSTALL = "install PyTorch with CUDA (https://pytorch.org) and `pip install 'volcast[cuda]'`"
 
 
@@ -52,14 +53,15 @@ class Device:
                 f"[cuda] out of memory: {_line(error)}; give a smaller size or batch, or --memory-limit"
             ) from error
         except _core.DeviceError as error:
-            if error.lost:
-                self._lost = f"[cuda] the device is lost ({_line(error)}); start a new process"
-                raise ValueError(self._lost) from error
-            raise ValueError(_line(error)) from error
+            raise self._failed(error) from error
         except torch.AcceleratorError as error:
-            # PyTorch raises it for errors of kernels, after which its context is dead.
-            self._lost = f"[cuda] the device is lost ({_line(error)}); start a new process"
-            raise ValueError(self._lost) from error
+            code = getattr(error, "error_code", UNKNOWN)
+            raise self._failed(self.graphs.driver.error("PyTorch", code)) from error
+
+    def _failed(self, error: _core.DeviceError) -> ValueError:
+        if error.lost:
+            self._lost = _line(error)
+        return ValueError(_line(error))
 
 
 def open_device(name: str) -> Device:

@@ -30,7 +30,7 @@ class Graphs(ABC):
 
     @abstractmethod
     def executable(self, graph: Any, repeats: int = 1) -> _core.Executable:
-        """The graph, `repeats` times over, ready to launch."""
+        """The graph, `repeats` times over, ready to launch. Keep the graph as long as this."""
 
     @abstractmethod
     def direct(self, function: Function) -> Any:
@@ -48,14 +48,12 @@ class CudaGraphs(Graphs):
     """CUDA graphs, captured by PyTorch and launched through the driver."""
 
     def __init__(self, device: torch.device) -> None:
-        torch.cuda.init()
         torch.cuda.set_device(device)
-        torch.empty(1, device=device)  # the context that the driver's calls of this thread use
         self._device = device
-        self.driver = _core.Driver.cuda()
+        self.driver = _core.Driver.cuda(device.index)
 
     def record(self, function: Function, stream: _core.Stream) -> torch.cuda.CUDAGraph:
-        outside = torch.cuda.ExternalStream(stream.handle, self._device)
+        outside = torch.cuda.ExternalStream(stream.handle, self._device)  # type: ignore[no-untyped-call]
         with torch.inference_mode(), torch.cuda.stream(outside):
             for _ in range(WARM_UPS):
                 function()
@@ -79,7 +77,7 @@ class _Direct:
         self._device = device
 
     def launch(self, stream: _core.Stream) -> None:
-        outside = torch.cuda.ExternalStream(stream.handle, self._device)
+        outside = torch.cuda.ExternalStream(stream.handle, self._device)  # type: ignore[no-untyped-call]
         with torch.inference_mode(), torch.cuda.stream(outside):
             self._function()
 

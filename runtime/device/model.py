@@ -14,7 +14,7 @@ from volcast.runtime.artifact import MANIFEST
 from volcast.runtime.atomic import sha256
 from volcast.runtime.spec import TensorSpec
 
-from .operations import dense
+from .golden import check_convolutions
 from .program import WEIGHTS, DeviceProgram, DeviceProgramName, read_programs
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -44,15 +44,17 @@ class DeviceModel:
         self.device = device
         self.dtype = DTYPES[programs.precision]
         self._programs = programs.programs
-        # A convolution's weights lie channels last, as its volumes do: no call has to turn them.
-        convolutions = {
-            f"{name}/{operation.inputs[1]}"
-            for name, program in programs.programs.items()
-            for operation in program.operations
-            if operation.kind in ("convolution", "transposed_convolution")
-        }
-        self._weights = {key: dense(value) if key in convolutions else value for key, value in stored.items()}
-        self.bytes = sum(value.untyped_storage().nbytes() for value in self._weights.values())
+        self._checked: set[DeviceProgramName] = set()
+        self._weights: dict[DeviceProgramName, dict[str, Tensor]] = {}
+        for name, program in programs.programs.items():
+            own = {key: stored[f"{name}/{key}"] for key in program.weights()}
+            if device.type == "cuda":
+                from .fused import pack
+
+                own = pack(program, own)
+            self._weights[name] = own
+        tensors = {x.data_ptr(): x.nbytes for own in self._weights.values() for x in own.values()}
+        self.bytes = sum(tensors.values())
 
     def program(self, name: DeviceProgramName) -> DeviceProgram:
         if name not in self._programs:
@@ -63,7 +65,14 @@ class DeviceModel:
 
     def weights(self, name: DeviceProgramName) -> dict[str, Tensor]:
         """The weights of one program, by the names that its operations give them."""
-        return {key: self._weights[f"{name}/{key}"] for key in self.program(name).weights()}
+        self.program(name)
+        return self._weights[name]
+
+    def check(self, name: DeviceProgramName, inputs: Described) -> None:
+        """Raise ValueError where the device's library gets a convolution of the program wrong; asked once a program."""
+        if name not in self._checked:
+            check_convolutions(self.program(name), self.weights(name), inputs, self.device)
+            self._checked.add(name)
 
     def described(self, tensors: Mapping[str, tuple[TensorSpec, tuple[int, ...]]]) -> Described:
         """Shape and dtype of inputs: vectors and numbers keep the manifest's, volumes and tokens have the model's."""
@@ -78,4 +87,4 @@ class DeviceModel:
     def offset(self, name: DeviceProgramName, value: str) -> Tensor | None:
         """What to add to an input before the program reads it."""
         key = self.program(name).offsets.get(value)
-        return None if key is None else self._weights[f"{name}/{key}"]
+        return None if key is None else self._weights[name][key]

@@ -29,6 +29,7 @@ class DeviceRun(Program):
         described = model.described({tensor.name: (tensor, bound[tensor.name]) for tensor in program.inputs})
         self._device, self._model, self._name = device, model, name
         with device.errors(), torch.inference_mode():
+            model.check(name, described)
             self._executor = Executor(model.program(name), model.weights(name), described, device.torch)
 
     def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.generic]]:

@@ -20,7 +20,7 @@ from volcast.runtime.report import Report, Stopwatch
 from volcast.runtime.sampling import Images, Sampler, Watch, first_latent, prepared, schedule_rows
 from volcast.runtime.spec import ArtifactSpec
 
-from .decoding import Decoding
+from .decoding import Decoding, open_decoder
 from .device import Device
 from .model import DeviceModel
 from .step_loop import LoopKey, Previews, Start, StepLoop
@@ -119,7 +119,7 @@ class DeviceSampler(Sampler):
         return _Pending(captured, job.plan, samples, report, time.perf_counter())
 
     def _decode(self, captured: _Captured) -> None:
-        """Enqueue; the loop's stream waits for the decode before, whose latent is still being read."""
+        """Enqueue it. The decode before has been waited for, so its latent and image may be written over."""
         loop, decoding, decoded = captured
         handed = self._device.graphs.event()
         decoding.hand_over.launch(loop.stream)
@@ -185,5 +185,5 @@ class DeviceSampler(Sampler):
                 f"[cuda] memory_limit={self._limit}: the weights and the loop take {model.bytes + loop.bytes} bytes; "
                 "raise the limit, or give a smaller size or batch"
             )
-        decoding = Decoding(spec, model, graphs, loop, left)
+        decoding = Decoding(graphs, loop, open_decoder(spec, model, key.shape, left))
         return _Captured(loop, decoding, graphs.event())

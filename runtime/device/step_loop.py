@@ -84,6 +84,7 @@ class StepLoop:
         shapes |= {name: (wide, *shape) for name, shape in key.inputs}
         described = model.described({name: (tensors[name], shape) for name, shape in shapes.items()})
         program, weights = model.program("step"), model.weights("step")
+        model.check("step", described)
         # The latent and the conditions are read again in every step.
         kept = frozenset(described) - {"row"}
         self._network = Executor(program, weights, described, device, keep=kept)

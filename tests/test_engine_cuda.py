@@ -1,0 +1,203 @@
+"""The CUDA engine: on a GPU as it ships, elsewhere the same programs, memory plan and C++ loop on the CPU."""
+
+import gc
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from volcast.export.to_cuda import build_cuda
+
+import volcast
+from volcast.export.similarity import ms_ssim, relative_l2
+from volcast.runtime.engine_cuda import CudaEngine
+from volcast.runtime.pipeline import Model, load
+from volcast.runtime.spec import Precision
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = (4, 8, 4)
+TASKS = Path("/proc/self/task")
+# Of a whole trajectory in float32: both engines round otherwise in some 350 operators a step (each 2^-24, grown by at
+# most sqrt(operators * steps) where errors are independent), ten times for the network's gain.
+SAME = 10 * 2**-24 * np.sqrt(350 * 50)
+
+
+@pytest.fixture(scope="module")
+def built(default_artifact_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model with device programs in float32. Copy it before a change."""
+    folder = tmp_path_factory.mktemp("built") / "hippocampus"
+    shutil.copytree(default_artifact_folder, folder)
+    build_cuda(folder, precision=Precision.FP32)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(built: Path) -> Model:
+    return load(built, CudaEngine(DEVICE))
+
+
+@pytest.fixture(scope="module")
+def oracle(built: Path) -> Model:
+    return load(built, "onnxruntime", 1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"steps": 4},
+        {"steps": 3, "guidance": 2.0},
+        {"steps": 5, "scheduler": "pndm"},
+        {"steps": 4, "scheduler": "ddpm"},
+        {"steps": 4, "scheduler": "dpm-solver++", "guidance": 1.5},
+        {"steps": 4, "scheduler": "ddim", "eta": 0.5},
+        {"steps": 1},
+    ],
+)
+def test_it_samples_what_onnx_runtime_samples(model: Model, oracle: Model, settings: dict) -> None:
+    condition = {"anterior": 0.2, "posterior": 0.9}
+    ours = model.sample(5, size=SMALL, condition=condition, **settings)
+    theirs = oracle.sample(5, size=SMALL, condition=condition, **settings)
+    assert relative_l2(ours.array, theirs.array) < SAME
+    assert np.abs(theirs.array).max() > 0.1
+    assert ours.report is not None and ours.report.engine == "cuda" and ours.report.device_bytes > 2**20
+
+
+def test_the_default_size(model: Model, oracle: Model) -> None:
+    assert relative_l2(model.sample(1, steps=2).array, oracle.sample(1, steps=2).array) < SAME
+
+
+def test_a_sample_s_bits_depend_on_nothing_but_its_key(model: Model) -> None:
+    together = list(model.sample_many(8, 3, batch=8, size=SMALL, steps=3, guidance=2.0))
+    alone = list(model.sample_many(8, 3, batch=1, size=SMALL, steps=3, guidance=2.0))
+    apart = list(model.sample_many(8, 3, batch=3, size=SMALL, steps=3, guidance=2.0))
+    for one, other, third in zip(together, alone, apart, strict=True):
+        np.testing.assert_array_equal(one.array, other.array)
+        np.testing.assert_array_equal(one.array, third.array)
+    assert not np.array_equal(together[0].array, together[1].array)
+
+
+def test_conditions_differ_within_a_batch(model: Model) -> None:
+    conditions = [{"anterior": 0.1}, {"anterior": 0.9}]
+    both = list(model.sample_many(2, 0, batch=2, size=SMALL, steps=2, condition=conditions))
+    for number, condition in enumerate(conditions):
+        one = list(model.sample_many(2, 0, size=SMALL, steps=2, condition=condition))[number]
+        np.testing.assert_array_equal(both[number].array, one.array)
+
+
+def test_an_image_to_start_from(model: Model, oracle: Model) -> None:
+    image = oracle.sample(2, size=SMALL, steps=2).array
+    arguments = {"image": image, "strength": 0.5, "steps": 4}
+    assert relative_l2(model.sample(4, **arguments).array, oracle.sample(4, **arguments).array) < SAME
+
+
+def test_steps_are_told_and_a_raise_stops_them(model: Model) -> None:
+    told: list[tuple[int, int]] = []
+    with_callback = model.sample(6, size=SMALL, steps=4, on_step=lambda *place: told.append(place))
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+    def cancel(done: int, total: int) -> None:
+        if done == 2:
+            raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        model.sample(6, size=SMALL, steps=200, on_step=cancel)
+    np.testing.assert_array_equal(model.sample(6, size=SMALL, steps=4).array, with_callback.array)
+
+
+def test_previews_show_the_way_and_change_nothing(model: Model, oracle: Model) -> None:
+    shown: dict[int, np.ndarray] = {}
+    arguments = {"size": SMALL, "steps": 6, "preview_every": 3}
+    volume = model.sample(8, on_preview=lambda step, images: shown.update({step: images}), **arguments)
+    np.testing.assert_array_equal(volume.array, model.sample(8, size=SMALL, steps=6).array)
+    wanted: dict[int, np.ndarray] = {}
+    oracle.sample(8, on_preview=lambda step, images: wanted.update({step: images}), **arguments)
+    assert sorted(wanted) == [3, 6]
+    assert shown and set(shown) <= {3, 6}  # one that is still being decoded makes the next one drop out
+    for step, images in shown.items():
+        assert images.shape == (1, 1, *(4 * size for size in SMALL))
+        assert relative_l2(images, wanted[step]) < SAME
+
+
+def test_decode_and_encode(model: Model, oracle: Model) -> None:
+    z = np.random.default_rng(0).standard_normal((2, 4, *SMALL)).astype(np.float32)
+    image = oracle.decode(z)
+    assert relative_l2(model.decode(z), image) < SAME
+    assert relative_l2(model.encode(image), oracle.encode(image)) < SAME
+
+
+def test_a_memory_limit_decodes_in_slabs_with_the_whole_s_statistics(built: Path, model: Model) -> None:
+    size = (16, 16, 8)
+    whole = model.sample(9, size=size, steps=2)
+    assert whole.report is not None
+    limit = int(0.8 * whole.report.device_bytes)
+    bounded = load(built, CudaEngine(DEVICE, memory_limit=limit)).sample(9, size=size, steps=2)
+    assert bounded.report is not None and bounded.report.device_bytes <= limit
+    assert relative_l2(bounded.array, whole.array) < 1e-4
+    with pytest.raises(ValueError, match="memory_limit"):
+        load(built, CudaEngine(DEVICE, memory_limit=2**20)).sample(9, size=size, steps=2)
+
+
+@pytest.mark.parametrize("precision", [Precision.FP16, Precision.BF16])
+def test_half_precisions(built: Path, oracle: Model, tmp_path: Path, precision: Precision) -> None:
+    folder = tmp_path / "half"
+    shutil.copytree(built, folder, ignore=shutil.ignore_patterns("engines"))
+    build_cuda(folder, precision=precision)
+    ours = load(folder, CudaEngine(DEVICE)).sample(5, steps=3)
+    assert ms_ssim(ours.array, oracle.sample(5, steps=3).array) > 0.995
+
+
+def test_values_that_are_not_finite_are_named(built: Path) -> None:
+    model = load(built, CudaEngine(DEVICE))
+    with pytest.raises(ValueError, match=r"\[loop\] step 0 \(t=999\), sample 0: .* not finite"):
+        model.sample(0, size=SMALL, steps=3, condition={"context": [[1e38, 1e38, 1e38]]})
+    assert np.isfinite(model.sample(0, size=SMALL, steps=2).array).all()
+
+
+@pytest.mark.skipif(not TASKS.exists(), reason="needs Linux's list of threads")
+def test_threads_come_to_rest(built: Path) -> None:
+    load(built, CudaEngine(DEVICE)).sample(
+        0, size=(4, 4, 4), steps=2
+    )  # PyTorch's and ONNX Runtime's own pools
+    before = len(list(TASKS.iterdir()))
+    model = load(built, CudaEngine(DEVICE))
+    for size in [(4, 4, 4), (4, 4, 8), (4, 8, 4), (8, 4, 4)]:
+        model.sample(0, size=size, steps=2)
+    del model
+    gc.collect()
+    assert len(list(TASKS.iterdir())) <= before
+
+
+def test_programs_that_are_missing_or_another_s(built: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(built, folder)
+    manifest = folder / "engines" / "cuda" / "programs.json"
+    content = json.loads(manifest.read_text())
+    for changed, message in [
+        ({"artifact": "0" * 64}, "was built from another export"),
+        ({"format": 99}, "format"),
+        ({"weights_sha256": "0" * 64}, "weights.safetensors is missing or was altered"),
+        ({"code": "import os"}, "code"),
+    ]:
+        manifest.write_text(json.dumps({**content, **changed}))
+        with pytest.raises(ValueError, match=f"{message}.*run `volcast build --target cuda` again"):
+            load(folder, CudaEngine(DEVICE))
+    shutil.rmtree(folder / "engines")
+    with pytest.raises(ValueError, match=r"holds no programs.json; run `volcast build --target cuda`"):
+        load(folder, CudaEngine(DEVICE))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_engine_says_so_when_asked(built: Path) -> None:
+    with pytest.raises(ValueError, match=r"\[cuda\] (PyTorch .* without CUDA|no NVIDIA GPU)"):
+        volcast.load(built, engine="cuda")
+
+
+def test_bad_devices_and_limits(built: Path) -> None:
+    with pytest.raises(ValueError, match="need cuda, cuda:0 .. or cpu"):
+        CudaEngine("meta")
+    with pytest.raises(ValueError, match="memory_limit='2 parsecs': need a number of bytes"):
+        volcast.load(built, engine="cuda", memory_limit="2 parsecs")
+    with pytest.raises(ValueError, match="only the engine cuda keeps one, not onnxruntime"):
+        volcast.load(built, engine="onnxruntime", memory_limit="2GiB")
