@@ -155,7 +155,6 @@ def _given(draft: Draft, shapes: dict[str, Shape], source: Operation, parts: lis
             total = part.amount if before is None else known[before].double() + part.amount
             inputs[part.place] = name
             changed[part.name] = with_inputs(one, inputs)
-        total = total.reshape(1, -1) if part.place == SHIFT else total
         weights[name] = known[name] = total.float()
     operations = [changed.get(one.outputs[0], one) for one in draft.operations]
     return draft.edited(operations, weights, offsets)

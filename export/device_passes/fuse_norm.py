@@ -14,8 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-from torch import Tensor
-
 from volcast.export.draft import Draft
 from volcast.runtime.device.program import Operation
 
@@ -145,13 +143,8 @@ def _sum(draft: Draft, name: str, shapes: dict[str, Shape]) -> Draft:
     order = {made: place for place, one in enumerate(draft.operations) for made in one.outputs}
     latest = sorted(terms.full, key=lambda made: -order.get(made, -1))
     inputs[0], inputs[RESIDUAL] = latest[0], latest[1] if len(latest) > 1 else None
-    weights: dict[str, Tensor] = {}
-    for vector in terms.vectors:
-        inputs[SHIFT] = vector
-        if vector in draft.weights:
-            inputs[SHIFT] = f"{name}.shift"
-            weights[f"{name}.shift"] = draft.weights[vector].reshape(1, -1)
+    inputs[SHIFT] = terms.vectors[0] if terms.vectors else None
     written = norm.kind == "layer_norm" or inputs[RESIDUAL] is not None
     fused = with_inputs(norm, inputs, (name, total) if written else (name,))
     operations = [fused if one == norm else one for one in draft.operations if total not in one.outputs]
-    return draft.edited(operations, weights)
+    return draft.edited(operations)

@@ -50,7 +50,7 @@ def channel_axis(shape: Shape) -> int:
 def is_vector(shape: Shape, whole: Shape) -> bool:
     """One number a channel, `[C]`, or a sample and channel, `[N, C]`, of a tensor of shape `whole`."""
     n, channels = whole[0], whole[channel_axis(whole)]
-    return shape != whole and shape in ((channels,), (1, channels), (n, channels))
+    return shape != whole and shape in ((channels,), (n, channels))
 
 
 def concat_parts(draft: Draft, name: str, shapes: dict[str, Shape]) -> tuple[str, str] | None:
