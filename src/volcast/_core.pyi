@@ -168,11 +168,11 @@ class DeviceError(RuntimeError):
 class Driver:
     """The CUDA driver API, or its host form: the same functions, carried out by threads of this process.
 
-    The host form calls Python functions where a GPU runs kernels. What a function raises fails its launch: the
-    stream skips all that was enqueued before the failure was reported, and streams that wait for skipped work do so
-    too. The next `synchronize`, `Event.synchronize` or `Event.done` raises the exception itself, once for each
-    stream; then the stream works again. At Python's exit, functions that have begun are waited for and the rest is
-    skipped.
+    The host form calls Python functions where a GPU runs kernels. What a function raises fails its launch:
+    the stream skips all that was enqueued before the failure was reported, and streams that wait for skipped
+    work do so too. The next `synchronize`, `Event.synchronize` or `Event.done` raises the exception itself,
+    once for each stream; then the stream works again. At Python's exit, functions that have begun are waited
+    for and the rest is skipped.
     """
 
     @staticmethod
@@ -233,9 +233,9 @@ class HostGraph:
 class Executable:
     """The graphs one after another, `repeats` times over, launched as one. Launches of one never overlap.
 
-    The handles are CUgraphs: `torch.cuda.CUDAGraph(keep_graph=True).raw_cuda_graph()`, or a HostGraph's. Their nodes
-    are copied, but the memory and kernels that they use are not: keep the CUDAGraph objects as long as this. A
-    HostGraph may go once this is made.
+    The handles are CUgraphs: `torch.cuda.CUDAGraph(keep_graph=True).raw_cuda_graph()`, or a HostGraph's.
+    Their nodes are copied, but the memory and kernels that they use are not: keep the CUDAGraph objects as
+    long as this. A HostGraph may go once this is made.
     """
 
     def __init__(self, driver: Driver, graph_handles: Sequence[int], repeats: int = 1) -> None: ...
@@ -268,13 +268,14 @@ def run_steps(
 ) -> LoopTiming:
     """Launches `step` `steps` times on `stream`, with at most `ahead` launches unfinished, and waits for all.
 
-    `on_step(done, steps)` follows each finished step, in order. What it, `on_preview`, a step or Ctrl-C raises ends
-    the launching, at most `ahead` - 1 steps later; it is raised once all that was launched has finished.
+    `on_step(done, steps)` follows each finished step, in order. What it, `on_preview`, a step or Ctrl-C
+    raises ends the launching, at most `ahead` - 1 steps later; it is raised once all that was launched has
+    finished.
 
     With `every`, and then with all four preview arguments: after each `every`-th step, the last one included,
-    `snapshot` runs on `stream` and copies the state aside, and `preview` on `preview_stream` works on the copy while
-    the steps go on. `on_preview(step)` is called between steps once it is done. A preview that comes due while another
-    runs is skipped; the last is awaited.
+    `snapshot` runs on `stream` and copies the state aside, and `preview` on `preview_stream` works on the
+    copy while the steps go on. `on_preview(step)` is called between steps once it is done. A preview that
+    comes due while another runs is skipped; the last is awaited.
 
     Raises:
         ValueError: `steps` or `ahead` is below 1, or the preview arguments are not all or none.
