@@ -22,11 +22,12 @@ class Allocations(TorchDispatchMode):
     Attributes:
         live: bytes of those that are still alive.
         peak: the largest `live` so far.
+        largest: elements of the largest tensor that an operation gave.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.largest = 0
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(
@@ -39,8 +40,10 @@ class Allocations(TorchDispatchMode):
         before = {_key(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         result = function(*args, **(kwargs or {}))
         for x in tree_leaves(result):
-            if isinstance(x, Tensor) and _key(x) not in before:
-                self._add(x.untyped_storage())
+            if isinstance(x, Tensor):
+                self.largest = max(self.largest, x.numel())
+                if _key(x) not in before:
+                    self._add(x.untyped_storage())
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:

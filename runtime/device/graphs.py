@@ -102,7 +102,3 @@ class HostGraphs(Graphs):
     def direct(self, function: Function) -> _core.Executable:
         graph = _core.HostGraph(self.driver, torch.inference_mode()(function))
         return self.executable(graph)
-
-
-def open_graphs(device: torch.device) -> Graphs:
-    return CudaGraphs(device) if device.type == "cuda" else HostGraphs()

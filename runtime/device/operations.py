@@ -31,10 +31,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from volcast.kernels.layer_norm import add_layer_norm, layer_norm
-from volcast.kernels.pointwise import pointwise
 
 from volcast import kernels
+from volcast.kernels.layer_norm import add_layer_norm, layer_norm
+from volcast.kernels.pointwise import pointwise
 
 from .program import Operation
 

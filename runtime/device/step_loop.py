@@ -7,6 +7,7 @@ the network's next input. Nothing crosses to the host between steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any, NamedTuple, final
 
 import numpy as np
@@ -115,8 +116,13 @@ class StepLoop:
         self._samples = torch.zeros(n, dtype=torch.int64, device=device)
         self._guidance = torch.zeros(n, dtype=torch.float64, device=device) if key.guided else None
         self._graph = graphs.record(self._step, stream)
+        self._graphs = graphs
         self._one = graphs.executable(self._graph)
-        self._whole = graphs.executable(self._graph, key.steps)
+
+    @cached_property
+    def _whole(self) -> _core.Executable:
+        """All steps as one launch; made for the first caller who wants nothing told between them."""
+        return self._graphs.executable(self._graph, self.key.steps)
 
     @property
     def bytes(self) -> int:
