@@ -176,9 +176,9 @@ def _side_by_side(draft: Draft) -> Draft:
         wanted = (
             "pointwise" if one.kind == "linear" and len(shapes[one.inputs[0] or ""]) == 2 else "attention"
         )
-        if one.kind == "linear" and len(one.inputs) <= 3 and readers == {wanted}:
-            if one.inputs[1] in draft.weights and one.outputs[0] not in draft.outputs:
-                groups.setdefault(one.inputs[0] or "", []).append(one)
+        mergeable = one.kind == "linear" and len(one.inputs) <= 3 and one.inputs[1] in draft.weights
+        if mergeable and readers == {wanted} and one.outputs[0] not in draft.outputs:
+            groups.setdefault(one.inputs[0] or "", []).append(one)
     weights: dict[str, Tensor] = {}
     replaced: dict[str, list[Operation]] = {}
     for x, group in groups.items():
