@@ -51,6 +51,21 @@ def check_width(width: int) -> None:
         raise ValueError(f"[attention] heads of {width}: need a multiple of 8 up to {WIDEST}")
 
 
+def check_output(out: Tensor, q: Tensor) -> None:
+    """Raise ValueError for memory that the fused kernels cannot write the result for `q` to."""
+    check_shape("attention", "out", out, tuple(q.shape))
+    check_dtype("attention", q=q, out=out)
+    check_device_shared("attention", q=q, out=out)
+    _check_rows("out", out)
+
+
+def _check_rows(name: str, x: Tensor) -> None:
+    if x.stride(-1) != 1:
+        raise ValueError(
+            f"[attention] {name} has strides {x.stride()}: the last axis must be contiguous; call .contiguous()"
+        )
+
+
 def _eager(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     weight = torch.softmax(torch.matmul(q.float(), k.float().mT) * scale, -1)
     return _as_tokens(torch.matmul(weight, v.float()).to(q.dtype))
@@ -87,10 +102,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
     check_dtype("attention", q=q, k=k, v=v)
     check_device_shared("attention", q=q, k=k, v=v)
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.stride(-1) != 1:
-            raise ValueError(
-                f"[attention] {name} has strides {x.stride()}: the last axis must be contiguous; call .contiguous()"
-            )
+        _check_rows(name, x)
     if scale is not None and not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"[attention] scale={scale}: need a positive, finite number")
 

@@ -17,12 +17,11 @@ Offsets: 64 bits. Wider heads: `attention_wide_triton.py`.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import check_width
+from .attention import check_output, check_width
 from .attention_wide_triton import LOG2E, stride_unit, strides, wide_launches
 from .configuration import configuration
 from .launch_triton import Launch, kernel
@@ -113,11 +112,19 @@ def flash_attention(
     tl.store(at, (acc * (1.0 / total)[:, None]).to(out.dtype.element_ty), mine)
 
 
-def attention_launches(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, list[Launch]]:
-    """(out, launches) for inputs that `attention.py` has checked; raises ValueError for heads of a wrong width."""
+def attention_launches(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, out: Tensor | None = None
+) -> tuple[Tensor, list[Launch]]:
+    """(out, launches) for inputs that `attention.py` has checked; raises ValueError for heads of a wrong width.
+
+    `out`: `N H L D`, any strides but the last, none of the inputs; None: new memory, `N L H D`.
+    """
     n, heads, length, width = q.shape
     check_width(width)
-    out = torch.empty((n, length, heads, width), dtype=q.dtype, device=q.device).transpose(1, 2)
+    if out is None:
+        out = q.new_empty((n, length, heads, width)).transpose(1, 2)
+    else:
+        check_output(out, q)
     if width > WIDEST_FLASH:
         return out, wide_launches(q, k, v, out, scale)
     padded = max(16, triton.next_power_of_2(width))

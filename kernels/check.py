@@ -64,6 +64,38 @@ def channels_last(x: Tensor) -> Tensor:
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
+def output_memory(operation: str, name: str, out: Tensor | None, shape: tuple[int, ...], x: Tensor) -> Tensor:
+    """Where a result goes: `out` if it is given, else new memory. Dense, in a volume channels last; dtype and device of `x`.
+
+    Raises ValueError for an `out` that is not.
+    """
+    volume = len(shape) >= 4
+    if out is None:
+        return empty_channels_last(shape, x) if volume else x.new_empty(shape)
+    check_shape(operation, name, out, shape)
+    check_dtype(operation, x=x, **{name: out})
+    check_device_shared(operation, x=x, **{name: out})
+    if not (is_channels_last(out) if volume else out.is_contiguous()):
+        lie = "channels last" if volume else "contiguous"
+        raise ValueError(
+            f"[{operation}] {name} of shape {shape} has strides {out.stride()}: need {lie} memory"
+        )
+    return out
+
+
+def check_shift(operation: str, shift: Tensor, shape: tuple[int, int], x: Tensor) -> None:
+    """A number per sample and channel `[N, C]`: contiguous rows, any distance apart."""
+    check_shape(operation, "shift", shift, shape)
+    check_parameter(operation, "shift", shift[0], shape[1:], x)
+
+
+def sample_stride(vectors: Tensor | None, samples: int) -> int:
+    """Elements from one sample's channels to the next one's, of `[N, C]`, `[1, C]` or `[C]`."""
+    if vectors is None or vectors.ndim == 1 or vectors.shape[0] < samples:
+        return 0
+    return vectors.stride(0)
+
+
 def empty_channels_last(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """An uninitialised `N C *spatial` tensor, channels last, with the dtype and device of `like`."""
     n, c, *spatial = shape

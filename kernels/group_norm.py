@@ -22,6 +22,7 @@ from .check import (
     check_dtype,
     check_parameter,
     check_shape,
+    check_shift,
     check_volume,
     empty_channels_last,
 )
@@ -38,7 +39,7 @@ def group_norm(
     *,
     eps: float = 1e-6,
     activation: Activation = "none",
-    shift: Tensor | None = None,  # [N, C]: the time embedding, or the bias of the convolution before
+    shift: Tensor | None = None,  # [N, C]: the time embedding, or the convolution's bias; any stride along N
     second: Tensor | None = None,  # N C2 D H W: concatenated after x, never copied
     impl: Impl | str | None = None,
 ) -> Tensor:  # N C+C2 D H W, channels last
@@ -141,7 +142,7 @@ def _check(
     check_parameter(operation, "weight", weight, (channels,), x)
     check_parameter(operation, "bias", bias, (channels,), x)
     if shift is not None:
-        check_parameter(operation, "shift", shift, (x.shape[0], x.shape[1]), x)
+        check_shift(operation, shift, (x.shape[0], x.shape[1]), x)
     check_device_shared(
         operation, x=x, weight=weight, bias=bias, shift=shift, residual=residual, second=second
     )

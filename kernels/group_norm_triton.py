@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .check import empty_channels_last
+from .check import output_memory, sample_stride
 from .configuration import configuration
 from .launch_triton import Launch, kernel
 
@@ -61,11 +61,11 @@ def _load(
 
 
 @triton.jit
-def _shift(shift, sample, channel, real, C1: tl.constexpr):
+def _shift(shift, sample, channel, real, C1: tl.constexpr, SHIFT_STRIDE: tl.constexpr):
     if shift is None:
         return tl.zeros(channel.shape, tl.float32)
     else:
-        return tl.load(shift + sample * C1 + channel, real & (channel < C1), 0.0).to(tl.float32)
+        return tl.load(shift + sample * SHIFT_STRIDE + channel, real & (channel < C1), 0.0).to(tl.float32)
 
 
 @triton.jit
@@ -149,19 +149,19 @@ def partial_statistics(
     x,  # [N, rows, C1]
     residual,  # as x, or None
     second,  # [N, rows, C2], or None
-    shift,  # [N, C1], or None
+    shift,  # [N, C1], rows SHIFT_STRIDE apart, or None
     h,  # as x, or None
     partial,  # float32 [N, groups, 2, programs]: mean, M2
     rows: tl.int64,
     C1: tl.constexpr, C2: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr,
-    ROWS: tl.constexpr, STAGES: tl.constexpr, PROGRAMS: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr, SHIFT_STRIDE: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     program, block, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     span = tl.cdiv(tl.cdiv(rows, PROGRAMS), ROWS) * ROWS
     first = tl.minimum(program * span, rows)
     last = tl.minimum(first + span, rows)
     channel, real = _columns(block, C1 + C2, GROUP, PADDED, GROUPS)
-    bump = _shift(shift, sample, channel, real, C1)
+    bump = _shift(shift, sample, channel, real, C1, SHIFT_STRIDE)
     mean, m2 = _statistics(x, residual, second, h, bump, sample, first, last, channel, real, C1, C2, rows,
                            GROUP, PADDED, GROUPS, ROWS, STAGES)  # fmt: skip
     group = block * GROUPS + tl.arange(0, GROUPS)
@@ -175,7 +175,7 @@ def partial_statistics(
 def normalize(
     x,  # [N, rows, C1]; what partial_statistics read, or the h that it wrote
     second,  # [N, rows, C2], or None
-    shift,  # [N, C1], or None
+    shift,  # [N, C1], rows SHIFT_STRIDE apart, or None
     y,  # [N, rows, C1 + C2]
     weight,  # [C1 + C2]
     bias,  # [C1 + C2]
@@ -183,7 +183,7 @@ def normalize(
     rows: tl.int64,
     EPS: tl.constexpr, SILU: tl.constexpr,
     C1: tl.constexpr, C2: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr,
-    ROWS: tl.constexpr, STAGES: tl.constexpr, PROGRAMS: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr, SHIFT_STRIDE: tl.constexpr, PROGRAMS: tl.constexpr,
     PARTIAL_ROWS: tl.constexpr, PARTIAL_PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     program, block, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -193,7 +193,7 @@ def normalize(
     first = tl.minimum(program * span, rows)
     last = tl.minimum(first + span, rows)
     channel, real = _columns(block, C1 + C2, GROUP, PADDED, GROUPS)
-    bump = _shift(shift, sample, channel, real, C1)
+    bump = _shift(shift, sample, channel, real, C1, SHIFT_STRIDE)
     _apply(x, None, second, bump, y, weight, bias, _spread(mean, GROUPS, PADDED), _spread(inverse, GROUPS, PADDED),
            sample, first, last, channel, real, C1, C2, rows, SILU, ROWS, STAGES)  # fmt: skip
 
@@ -225,7 +225,7 @@ def single_group_norm(
     x,  # [N, rows, C1]
     residual,  # as x, or None
     second,  # [N, rows, C2], or None
-    shift,  # [N, C1], or None
+    shift,  # [N, C1], rows SHIFT_STRIDE apart, or None
     h,  # as x, or None
     y,  # [N, rows, C1 + C2]
     weight,  # [C1 + C2]
@@ -233,12 +233,12 @@ def single_group_norm(
     rows: tl.int64,
     EPS: tl.constexpr, SILU: tl.constexpr,
     C1: tl.constexpr, C2: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr,
-    ROWS: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr, SHIFT_STRIDE: tl.constexpr,
 ):  # fmt: skip
     block, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first = rows * 0
     channel, real = _columns(block, C1 + C2, GROUP, PADDED, GROUPS)
-    bump = _shift(shift, sample, channel, real, C1)
+    bump = _shift(shift, sample, channel, real, C1, SHIFT_STRIDE)
     mean, m2 = _statistics(x, residual, second, h, bump, sample, first, rows, channel, real, C1, C2, rows,
                            GROUP, PADDED, GROUPS, ROWS, STAGES)  # fmt: skip
     inverse = 1.0 / tl.sqrt(m2 / (rows.to(tl.float32) * GROUP) + EPS)
@@ -249,25 +249,35 @@ def single_group_norm(
 def group_norm_launches(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, activation: str,
     shift: Tensor | None, residual: Tensor | None, second: Tensor | None,
+    *, out: Tensor | None = None, sum_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, list[Launch]]:  # fmt: skip
-    """(y, h, launches) for inputs that `group_norm.py` has checked; h is x where there is no residual."""
+    """(y, h, launches) for inputs that `group_norm.py` has checked; h is x where there is no residual.
+
+    shift may also be `[C]` or `[1, C]`. y goes to `out`, which may be x or the residual where nothing is concatenated, h
+    to `sum_out`, other memory than both. None is new memory, but with `out` alone a sum is kept only where the launches
+    need it themselves.
+    """
     n, c1, *spatial = x.shape
     c2 = 0 if second is None else second.shape[1]
     rows = torch.Size(spatial).numel()
     group = (c1 + c2) // groups
-    y = empty_channels_last((n, c1 + c2, *spatial), x)
-    h = empty_channels_last((n, c1, *spatial), x) if residual is not None else None
+    single = configuration("group_norm_single", x.dtype, rows * group)
+    alone = rows * group <= single["group_elements"]
+    y = output_memory("group_norm", "out", out, (n, c1 + c2, *spatial), x)
+    h = None
+    if residual is not None and not (alone and out is not None and sum_out is None):
+        h = output_memory("group_norm", "sum_out", sum_out, tuple(x.shape), x)
     sources = {"x": x, "residual": residual, "second": second, "shift": shift, "h": h}
     affine = {"y": y, "weight": weight, "bias": bias}
     norm = {"EPS": eps, "SILU": activation == "silu"}
-    single = configuration("group_norm_single", x.dtype, rows * group)
-    if rows * group <= single["group_elements"]:
-        shape = _tile(c1, c2, groups, max(1, single["row_bytes"] // (group * x.itemsize)), single, rows)
+    if alone:
+        groups_a_block = max(1, single["row_bytes"] // (group * x.itemsize))
+        shape = _tile(c1, c2, groups, groups_a_block, single, rows)
         launch = Launch(
             kernel=single_group_norm,
             grid=(triton.cdiv(groups, shape["GROUPS"]), n, 1),
             arguments={**sources, **affine, "rows": rows},
-            constants={**norm, **shape},
+            constants={**norm, **shape, "SHIFT_STRIDE": sample_stride(shift, n)},
             warps=single["warps"],
         )
         return y, x if h is None else h, [launch]
@@ -299,7 +309,8 @@ def statistics_launch(
     n, c1, *spatial = x.shape
     c2 = 0 if second is None else second.shape[1]
     rows = torch.Size(spatial).numel()
-    shape = _tile(c1, c2, groups, max(1, settings["columns"] // ((c1 + c2) // groups)), settings, rows)
+    groups_a_block = max(1, settings["columns"] // ((c1 + c2) // groups))
+    shape = _tile(c1, c2, groups, groups_a_block, settings, rows)
     blocks = triton.cdiv(groups, shape["GROUPS"])
     # Blocks of channels share the programs of a sample: each then has more rows, and fewer to merge.
     programs = max(1, settings["programs"] // blocks)
@@ -309,7 +320,7 @@ def statistics_launch(
         grid=(programs, blocks, n),
         arguments={"x": x, "residual": residual, "second": second, "shift": shift, "h": h, "partial": partial,
                    "rows": rows},
-        constants={**shape, "PROGRAMS": programs},
+        constants={**shape, "SHIFT_STRIDE": sample_stride(shift, n), "PROGRAMS": programs},
         warps=settings["warps"],
     )  # fmt: skip
     return launch, partial

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .check import empty_channels_last
+from .check import output_memory
 from .configuration import configuration
 from .launch_triton import Launch, kernel
 
@@ -78,12 +78,14 @@ def input_head(
         tl.store(y + row * C + at, sums.to(y.dtype.element_ty), valid[:, None] & (channel < C)[None, :])
 
 
-def input_head_launches(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, list[Launch]]:
-    """(y, launches) for inputs that `input_head.py` has checked."""
+def input_head_launches(
+    x: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor | None = None
+) -> tuple[Tensor, list[Launch]]:
+    """(y, launches) for inputs that `input_head.py` has checked; y goes to `out`, channels last, or to new memory."""
     n, inputs, *spatial = x.shape
     c = weight.shape[0]
     depth, height, width = spatial if len(spatial) == 3 else (spatial[0], 1, spatial[1])
-    y = empty_channels_last((n, c, *spatial), x)
+    y = output_memory("input_head", "out", out, (n, c, *spatial), x)
     columns = triton.next_power_of_2(inputs) * triton.next_power_of_2(3 ** len(spatial))
     settings = configuration("input_head", x.dtype, columns)
     block = max(16, min(settings["channels"], triton.next_power_of_2(c)))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .check import check_device_shared, check_dtype, check_parameter, check_shape
+from .check import check_device_shared, check_dtype, check_parameter, check_shape, check_shift
 from .impl import Impl, resolve_impl
 
 WIDEST = 4096
@@ -102,8 +102,10 @@ def _check(
     check_parameter(operation, "weight", weight, (channels,), x)
     check_parameter(operation, "bias", bias, (channels,), x)
     if shift is not None:
-        check_shape(operation, "shift", shift, (channels,) if shift.ndim == 1 else (n, channels))
-        check_parameter(operation, "shift", shift[0] if shift.ndim == 2 else shift, (channels,), x)
+        if shift.ndim == 1:
+            check_parameter(operation, "shift", shift, (channels,), x)
+        else:
+            check_shift(operation, shift, (n, channels), x)
     if not 0 < eps < 1:
         raise ValueError(f"[{operation}] eps={eps}: need a number between 0 and 1")
     check_device_shared(operation, x=x, weight=weight, bias=bias, shift=shift, residual=residual)

@@ -9,11 +9,11 @@ squares around it, so a mean far above the deviation does not cancel. Offsets: 6
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .check import output_memory, sample_stride
 from .configuration import configuration
 from .launch_triton import Launch, kernel
 
@@ -59,14 +59,15 @@ def layer_norm_launches(
 ) -> tuple[Tensor, Tensor, list[Launch]]:  # fmt: skip
     """(y, h, launches) for inputs that `layer_norm.py` has checked; h is x where nothing is added.
 
-    y goes to `out`, h to `sum_out` where they are given: contiguous, as x, and each may be x or the residual itself.
+    y goes to `out`, h to `sum_out`: contiguous, as x, and each may be x or the residual itself. None is new memory, but
+    with `out` alone no sum is kept.
     """
     n, length, channels = x.shape
-    y = torch.empty_like(x) if out is None else out
     h = None
-    if shift is not None or residual is not None:
-        h = torch.empty_like(x) if sum_out is None else sum_out
-    stride = shift.stride(0) if shift is not None and shift.ndim == 2 else 0
+    if (shift is not None or residual is not None) and (out is None or sum_out is not None):
+        h = output_memory("layer_norm", "sum_out", sum_out, tuple(x.shape), x)
+    y = output_memory("layer_norm", "out", out, tuple(x.shape), x)
+    stride = sample_stride(shift, n)
     if stride == 0:
         n, length = 1, n * length
     padded = triton.next_power_of_2(channels)

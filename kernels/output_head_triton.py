@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .check import empty_channels_last
+from .check import output_memory
 from .configuration import configuration
 from .group_norm_triton import merged, silu, statistics_launch
 from .input_head_triton import neighbours
@@ -228,20 +228,20 @@ def add_planes(
 
 def output_head_launches(
     x: Tensor, groups: int, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, eps: float,
-    activation: str,
+    activation: str, *, out: Tensor | None = None,
 ) -> tuple[Tensor, list[Launch]]:  # fmt: skip
-    """(y, launches) for inputs that `output_head.py` has checked."""
+    """(y, launches) for inputs that `output_head.py` has checked; y goes to `out`, channels last, or to new memory."""
     n, c, *spatial = x.shape
-    out, taps, rows = weight.shape[0], 3 ** len(spatial), torch.Size(spatial).numel()
-    y = empty_channels_last((n, out, *spatial), x)
+    outputs, taps, rows = weight.shape[0], 3 ** len(spatial), torch.Size(spatial).numel()
+    y = output_memory("output_head", "out", out, (n, outputs, *spatial), x)
     statistics, partial = statistics_launch(x, groups, configuration("group_norm_split", x.dtype, rows * c))
     made = statistics.constants
     sources = {"x": x, "norm_weight": norm_weight, "norm_bias": norm_bias, "weight": weight}
     norm = {"C": c, "GROUP": c // groups}
     merging = {"EPS": eps, "PARTIAL_ROWS": made["ROWS"], "PARTIAL_PROGRAMS": made["PROGRAMS"]}
     product: dict[str, float] = {**norm, "SILU": activation == "silu"}
-    settings = configuration("output_head_multiply", x.dtype, out * taps)
-    samples = settings["scratch"] // (4 * out * taps * rows)
+    settings = configuration("output_head_multiply", x.dtype, outputs * taps)
+    samples = settings["scratch"] // (4 * outputs * taps * rows)
     if samples:
         product |= {**merging, "GROUPS": triton.next_power_of_2(groups)}
         return y, [statistics, *_at_once(samples, sources, partial, bias, y, product, settings)]

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .check import empty_channels_last
+from .check import output_memory
 from .configuration import configuration
 from .launch_triton import Launch, kernel
 
@@ -111,12 +111,17 @@ def upsample_convolution(
 
 
 def upsample_convolution_launches(
-    x: Tensor, weights: Tensor, bias: Tensor | None, capability: int | None = None
+    x: Tensor,
+    weights: Tensor,
+    bias: Tensor | None,
+    capability: int | None = None,
+    *,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, list[Launch]]:
     """(y, launches) for inputs that `upsample_convolution.py` has checked.
 
     `capability` (90 for 9.0) picks how boxes are read and how large tiles are; by default that of x's device, and 9.0
-    where x is not on a GPU. Raises ValueError for channels that are not a multiple of 16 bytes.
+    where x is not on a GPU. y goes to `out`, channels last, or to new memory. Raises ValueError for channels that are not a multiple of 16 bytes.
     """
     axes = x.ndim - 2
     n, cin, *spatial = x.shape
@@ -129,7 +134,7 @@ def upsample_convolution_launches(
             )
     capability = capability or _capability(x.device)
     d, h, w = (1,) * (3 - axes) + tuple(spatial)
-    y = empty_channels_last((n, cout, *(2 * size for size in spatial)), x)
+    y = output_memory("upsample_convolution", "out", out, (n, cout, *(2 * size for size in spatial)), x)
     # 9.0 and 10.x have 227 KiB of shared memory a block, and matrix units that read it directly.
     wide = "_wide" if capability // 10 in (9, 10) else ""
     settings = configuration(f"upsample_convolution{wide}", x.dtype, n * d * h * w * cout)

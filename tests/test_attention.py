@@ -13,6 +13,7 @@ from volcast.kernels.attention import attention
 from volcast.kernels.attention_triton import attention_launches
 from volcast.kernels.configuration import configuration, pinned
 from volcast.kernels.impl import Impl
+from volcast.kernels.launch_triton import run
 
 pytestmark = pytest.mark.usefixtures("bfloat16_products")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -94,6 +95,28 @@ def test_views_are_read_where_they_lie(width: int, dtype: torch.dtype, device: A
         one_k, one_v = k[:, :1].expand_as(k), v[:, :1].expand_as(v)
         shared = attention(q, one_k, one_v, impl="triton")
         assert torch.equal(shared, attention(q, one_k.contiguous(), one_v.contiguous(), impl="triton"))
+
+
+@pytest.mark.parametrize("width", [32, 136])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_columns_of_one_product_are_read_where_they_lie(width: int, dtype: torch.dtype, device: Any) -> None:
+    """[N, L, 3 H D] from one weight: q, k, v are its thirds, and the result goes into columns of a wider tensor."""
+    n, heads, length = 2, 3, 19
+    torch.manual_seed(3)
+    fused = torch.randn(n, length, 3 * heads * width).to(device, dtype)
+    tokens = torch.full((n, length, 2 * heads * width), torch.nan, dtype=dtype, device=device)
+    q, k, v, out = (
+        x.view(n, length, heads, width).transpose(1, 2)
+        for x in (*fused.chunk(3, -1), tokens[..., : heads * width])
+    )
+    assert q.stride(2) == k.stride(2) == 3 * heads * width
+    expected = attention(q.contiguous(), k.contiguous(), v.contiguous(), impl="triton")
+    assert torch.equal(check(q, k, v), expected)
+    result, launches = attention_launches(q, k, v, width**-0.5, out=out)
+    run(launches, device)
+    assert result is out and torch.equal(out, expected)
+    assert tokens[..., heads * width :].isnan().all()
+    assert all(launch.constants["UNIT"] == 8 for launch in launches), "rows are read 16 bytes at a time"
 
 
 @pytest.mark.parametrize("width", [40, 136])

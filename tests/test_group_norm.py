@@ -15,6 +15,8 @@ from torch import Tensor
 from volcast.kernels import group_norm_triton
 from volcast.kernels.configuration import configuration, pinned
 from volcast.kernels.group_norm import add_group_norm, group_norm
+from volcast.kernels.group_norm_triton import group_norm_launches
+from volcast.kernels.launch_triton import run
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # N, C, C of the second source, groups, spatial
@@ -100,6 +102,38 @@ def test_the_sum_is_written_once_and_normalised(
     assert_as_accurate(h, h_eager, h_exact)
     assert_as_accurate(y, y_eager, y_exact)
     assert h.stride() == y[:, :16].contiguous(memory_format=torch.channels_last_3d).stride()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["one for all samples", "of a wider row"])
+def test_a_shift_is_read_where_it_lies(form: str, kind: str, dtype: torch.dtype, device: Any) -> None:
+    torch.manual_seed(8)
+    x, residual = (volume(3, 8, 3, 4, 5, dtype=dtype, device=device) for _ in range(2))
+    weight, bias = torch.randn(2, 8, device=device)
+    rows = torch.randn(3, 40, device=device)
+    shift = rows[:1, :8].expand(3, 8) if kind == "one for all samples" else rows[:, 16:24]
+    assert shift.stride(0) != 8
+    for added in (None, residual):
+        arguments = (2, weight, bias, 1e-6, "silu")
+        y, h, launches = group_norm_launches(x, *arguments, shift, added, None)
+        expected, sums, alike = group_norm_launches(x, *arguments, shift.contiguous(), added, None)
+        run([*launches, *alike], device)
+        assert torch.equal(y, expected) and torch.equal(h, sums)
+        if kind == "one for all samples":
+            for vector in (shift[0], shift[:1]):
+                same, _, launches = group_norm_launches(x, *arguments, vector, added, None)
+                run(launches, device)
+                assert torch.equal(same, y)
+        truth, _ = exact(x, 2, weight, bias, 1e-6, True, shift, added)
+        settings: dict[str, Any] = {"activation": "silu", "shift": shift}
+        if added is None:
+            eager, fused = (group_norm(x, 2, weight, bias, **settings, impl=i) for i in ("eager", "triton"))
+        else:
+            eager, fused = (
+                add_group_norm(x, added, 2, weight, bias, **settings, impl=i)[0] for i in ("eager", "triton")
+            )
+        assert torch.equal(fused, y)
+        assert_as_accurate(fused, eager, truth)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -260,6 +294,7 @@ P = torch.zeros(8)
         ({"bias": P.double()}, r"bias has dtype float64: need float32 or the input's float32"),
         ({"bias": torch.zeros(16)[::2]}, r"bias is not contiguous"),
         ({"shift": P}, r"shift has shape \(8,\): need \(1, 8\)"),
+        ({"shift": torch.zeros(1, 16)[:, ::2]}, r"shift is not contiguous"),
         ({"second": X[:, :, :2]}, r"second has shape \(1, 8, 2, 4, 5\)|strides"),
         ({"weight": P.to("meta")}, r"weight on meta.*move them to one device"),
         ({"eps": 0.0}, r"eps=0.0: need a number between 0 and 1"),
