@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 
 @final
-class Allocations(TorchDispatchMode):
+class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the storages that operations make while it is entered.
 
     Attributes:
@@ -26,7 +26,7 @@ class Allocations(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = self.largest = 0
         self._known: dict[int, weakref.ref[Any]] = {}
 
@@ -62,4 +62,4 @@ class Allocations(TorchDispatchMode):
 
 
 def _key(x: Tensor) -> int:
-    return x.untyped_storage()._cdata
+    return int(x.untyped_storage()._cdata)
