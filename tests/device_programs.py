@@ -212,7 +212,7 @@ class RandomProgram:
 
     def add_transposed_convolution(self) -> None:
         x = self.pick(4, 5)
-        if x is None or self.values[x].numel() > 20000:
+        if x is None or self.values[x][0].numel() > 10000:
             return
         axes, cin = self.values[x].ndim - 2, self.channels(x)
         settings = {
@@ -223,7 +223,7 @@ class RandomProgram:
 
     def add_upsample_convolution(self) -> None:
         x = self.pick(4, 5)
-        if x is None or not self.is_dense(x) or self.values[x].numel() > 20000 or self.channels(x) % 8:
+        if x is None or not self.is_dense(x) or self.values[x][0].numel() > 10000 or self.channels(x) % 8:
             return
         axes, cout = self.values[x].ndim - 2, self.random.choice(CHANNELS)
         name = self.weight(cout, self.channels(x), *(3,) * axes)
@@ -377,7 +377,7 @@ class RandomProgram:
 
     def add_sampling(self) -> None:
         x = self.pick(4, 5)
-        if x is None or self.values[x].numel() > 20000:
+        if x is None or self.values[x][0].numel() > 10000:
             return
         axes = self.values[x].ndim - 2
         if self.sometimes():
