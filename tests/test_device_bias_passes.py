@@ -65,9 +65,9 @@ def test_a_norm_s_constant_shift_grows() -> None:
     assert kinds(after) == {"convolution": 1, "group_norm": 1} and biases(after) == 0
 
 
-@pytest.mark.parametrize("why", ["two norms", "overlap", "returned", "read"])
+@pytest.mark.parametrize("why", ["two norms", "overlap", "returned", "read", "free width"])
 def test_columns_that_are_not_one_norm_s_alone_take_no_bias(why: str) -> None:
-    small = Small(x=VOLUME, row=(None, 32))
+    small = Small(x=VOLUME, row=(None, None if why == "free width" else 32))
     part = small.columns("row", 0, 16)
     outputs = [small.group_norm(small.add(small.convolution("x", 16, 16), part))]
     if why == "two norms":
@@ -76,7 +76,7 @@ def test_columns_that_are_not_one_norm_s_alone_take_no_bias(why: str) -> None:
         outputs.append(small.columns("row", 8, 24))
     elif why == "returned":
         outputs.append(part)
-    else:
+    elif why == "read":
         outputs.append(small.linear("row", 32, 8))
     after = folded(small.draft(*outputs))
     assert not after.offsets and biases(after) >= (2 if why == "two norms" else 1)

@@ -125,6 +125,8 @@ def _shift(draft: Draft, shapes: dict[str, Shape], norm: Operation, b: Tensor) -
         if base in draft.outputs or not apart or len(shapes[base]) != 2:
             raise _Stays
     if base in draft.inputs:
+        if draft.shapes[base][1] is None:  # an offset is as wide as the table
+            raise _Stays
         return _Part(base, None, b, start)
     product = draft.producer[base]
     if product.kind != "linear" or len(product.inputs) <= BIAS or product.inputs[BIAS] not in draft.weights:
