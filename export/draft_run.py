@@ -17,7 +17,9 @@ def run_draft(draft: Draft, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     values: dict[str, Tensor] = {}
     for name in draft.inputs:
         offset = draft.offsets.get(name)
-        values[name] = dense(inputs[name] if offset is None else inputs[name] + draft.weights[offset])
+        values[name] = dense(
+            inputs[name] if offset is None else inputs[name] + draft.weights[offset].to(inputs[name].device)
+        )
     last = {
         name: place for place, one in enumerate(draft.operations) for name in one.inputs if name is not None
     }

@@ -55,11 +55,9 @@ def _split(w: Lowering, n: NodeProto) -> None:
 
 
 def _slice(w: Lowering, n: NodeProto) -> None:
-    starts, ends, axes, steps = (w.sizes(name) for name in n.input[1:])
-    numbers = [
-        one[0] for one in (starts, ends, axes, steps) if one and len(one) == 1 and isinstance(one[0], int)
-    ]
-    if len(numbers) < 4 or numbers[3] != 1:
+    read = [w.sizes(name) or [] for name in n.input[1:]]
+    numbers = [one[0] for one in read if len(one) == 1 and isinstance(one[0], int)]
+    if len(numbers) != len(read) or len(read) < 3 or numbers[3:] not in ([], [1]):
         raise refused(n, "need one range of fixed bounds and step 1")
     axis = numbers[2] % len(w.shapes[n.input[0]])
     size = w.shapes[n.input[0]][axis]
