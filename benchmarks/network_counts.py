@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from volcast.runtime.device.cost import program_cost
 from volcast.runtime.device.fused import launches
 from volcast.runtime.device.memory import Spec, empty, is_view, plan, shapes
 from volcast.runtime.device.program import WEIGHTS, DeviceProgram, DeviceProgramName, read_programs
+from volcast.runtime.device.slab_apply import FusedApply
 from volcast.runtime.device.slab_plan import plan_slabs
 from volcast.runtime.spec import TensorSpec
 
@@ -53,9 +55,11 @@ class Counted:
         kept = frozenset(program.inputs) - {"row"} if name == "step" else frozenset()
         held = sum(value.numel() * value.itemsize for value in weights.values())
         arena = plan(program, specs, kept).bytes
+        # An image leaves the device in float32.
+        image = 4 * math.prod(specs["image"][0]) if name == "decode" else 0
         slabs = None
-        if held + arena > LIMIT:
-            slabs = plan_slabs(program, weights, inputs, LIMIT)
+        if held + arena + image > LIMIT:
+            slabs = plan_slabs(program, weights, inputs, LIMIT - image, FusedApply())
             arena = slabs.peak_bytes - held
         return {
             "operations": cost.kinds,
@@ -64,7 +68,7 @@ class Counted:
             "bytes": cost.bytes,
             "roofline_ms": cost.roofline_ms,
             "weight_bytes": held,
-            "peak_bytes": held + arena,
+            "peak_bytes": held + arena + image,
             "slabs": None
             if slabs is None
             else {"passes": len(slabs.passes), "roofline_ms": slabs.milliseconds},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -17,10 +18,12 @@ from torch import Tensor
 import volcast
 from volcast.runtime.artifact import read_artifact
 from volcast.runtime.denoiser import step_inputs
+from volcast.runtime.device.decoding import open_decoder
 from volcast.runtime.device.device import open_device
 from volcast.runtime.device.executor import Executor
 from volcast.runtime.device.golden import find_variant
-from volcast.runtime.device.model import DeviceModel
+from volcast.runtime.device.graphs import Graphs
+from volcast.runtime.device.model import Described, DeviceModel
 from volcast.runtime.device.program import DeviceProgramName
 from volcast.runtime.engine_cuda import CudaEngine
 from volcast.runtime.engine_onnxruntime import OnnxRuntimeEngine
@@ -57,10 +60,32 @@ class VolcastWay(Way):
         row = self._host.call("schedule", {"timesteps": np.full(1, TIMESTEP, np.float32)})["rows"]
         inputs = {"x": given.x.numpy(), "row": np.repeat(row, n, axis=0)}
         inputs |= step_inputs(self._spec, arrays, constants)
-        return self._recorded("step", inputs)
+        described = self._described("step", {name: value.shape for name, value in inputs.items()})
+        model, device, kept = self._weights, self._device, frozenset(described)
+        program, weights = model.program("step"), model.weights("step")
+        with device.errors(), torch.inference_mode():
+            executor = Executor(program, weights, described, device.torch, keep=kept)
+            variant = find_variant(executor) if n > 1 else frozenset()
+            if variant:
+                executor = Executor(program, weights, described, device.torch, keep=kept, per_sample=variant)
+            for name, buffer in executor.inputs.items():
+                value = torch.from_numpy(np.ascontiguousarray(inputs[name])).to(buffer.device)
+                offset = model.offset("step", name)
+                buffer.copy_(value if offset is None else value + offset)
+
+            def run() -> Tensor:
+                executor.run()
+                return executor.outputs["out"]
+
+            return _Recorded(device.graphs, run, True)
 
     def decode(self, given: Given) -> Call:
-        return self._recorded("decode", {"z": given.x[:1].numpy()})
+        latent = self._spec.scale_factor * given.x[:1].to(self._device.torch)
+        with self._device.errors(), torch.inference_mode():
+            decoder = open_decoder(
+                self._spec, self._weights, tuple(latent.shape[1:]), self._device.free_bytes()
+            )
+            return _Recorded(self._device.graphs, lambda: decoder(latent), decoder.recorded)
 
     def volume(self, given: Given, steps: int) -> Call:
         n = len(given.x)
@@ -76,33 +101,33 @@ class VolcastWay(Way):
 
         return sampled
 
-    def _recorded(self, name: DeviceProgramName, inputs: Mapping[str, NDArray[Any]]) -> Call:
-        """The program as one graph, on inputs that stay."""
-        model, device = self._weights, self._device
+    def _described(self, name: DeviceProgramName, shapes: Mapping[str, tuple[int, ...]]) -> Described:
+        """Checked as the engine checks it: with cuDNN's convolutions against sums on the CPU."""
         tensors = {tensor.name: tensor for tensor in self._spec.programs[name].inputs}
-        described = model.described({key: (tensors[key], value.shape) for key, value in inputs.items()})
-        program, weights, kept = model.program(name), model.weights(name), frozenset(described)
-        with device.errors(), torch.inference_mode():
-            executor = Executor(program, weights, described, device.torch, keep=kept)
-            variant = find_variant(executor) if executor.batch > 1 else frozenset()
-            if variant:
-                executor = Executor(program, weights, described, device.torch, keep=kept, per_sample=variant)
-            for key, buffer in executor.inputs.items():
-                value = torch.from_numpy(np.ascontiguousarray(inputs[key])).to(buffer.device)
-                offset = model.offset(name, key)
-                buffer.copy_(value if offset is None else value + offset)
-            stream = device.graphs.stream()
-            graph = device.graphs.record(executor.run, stream)
-        executable = device.graphs.executable(graph)
-        (output,) = executor.outputs.values()
+        described = self._weights.described({key: (tensors[key], shape) for key, shape in shapes.items()})
+        with self._device.errors(), torch.inference_mode():
+            self._weights.check(name, described)
+        return described
 
-        def launched() -> Tensor:
-            executable.launch(stream)
-            if not output.is_cuda:
-                stream.synchronize()
-            return output
 
-        return launched
+@final
+class _Recorded:
+    """A function as one graph, or as it is where it allocates; its result lies in the same memory every time."""
+
+    def __init__(self, graphs: Graphs, function: Call, recorded: bool) -> None:
+        self._stream, self._results = graphs.stream(), list[Tensor]()
+
+        def run() -> None:
+            self._results[:] = [function()]
+
+        self._graph = graphs.record(run, self._stream) if recorded else None  # owns the result's memory
+        self._executable = graphs.executable(self._graph) if recorded else graphs.direct(run)
+
+    def __call__(self) -> Tensor:
+        self._executable.launch(self._stream)
+        if not self._results or not self._results[0].is_cuda:
+            self._stream.synchronize()
+        return self._results[0]
 
 
 def outside_percent(loop_s: float, steps: int, graph_ms: float) -> float:
@@ -121,8 +146,6 @@ def cold_start_s(folder: Path, given: Given, steps: int) -> float:
         "condition |= {key: numpy.zeros(shape, 'float32') for key, shape in shapes.items()}\n"
         "volcast.load(folder, engine='cuda').sample(0, condition=condition, size=size, steps=steps, scheduler='ddim')\n"
     )
-    import json
-
     shapes = {name: list(given.conditions[name].shape[1:]) for name in large}
     text = json.dumps([str(folder), condition, shapes, list(given.x.shape[2:]), steps])
     seconds = 0.0
