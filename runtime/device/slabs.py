@@ -74,8 +74,9 @@ def _window(
     if low >= 0 and high <= depth:
         return _first_only(operation, (low, high), 0, {"padding": [0, *pads[1:]]} if padding else None)
     # Padded at both sides: from a multiple of the stride on, so that windows stand where they stood.
-    low = max(0, min(low, depth - 1)) // stride * stride
-    high = max(low + 1, min(high, depth))
+    # A window's rows at least: pooling refuses fewer.
+    low = max(0, min(low, depth - kernel)) // stride * stride
+    high = min(max(high, low + kernel), depth)
     return _first_only(operation, (low, high), start - low // stride)
 
 
@@ -119,7 +120,7 @@ def _transposed_convolution(operation: Operation, shapes: Shapes, start: int, st
     stride, padding, extra = s["stride"][0], s["padding"][0], s["output_padding"][0]
     reach = s["dilation"][0] * (shapes[weight][2] - 1)
     # Row i adds to the rows i * stride - padding + (0 .. reach).
-    low = max(0, min(-((reach - start - padding) // stride), start // stride))
+    low = max(0, min(-((reach - start - padding) // stride), start // stride, shapes[x][2] - 1))
     # The last row that adds, and enough rows that the output is long enough.
     last = max((stop - 1 + padding) // stride, -((reach + extra + 1 - stop - 2 * padding) // stride))
     return _first_only(operation, (low, min(shapes[x][2], last + 1)), start - low * stride)
