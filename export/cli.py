@@ -113,25 +113,37 @@ def build(
         Path | None, typer.Argument(help="Folder of an artifact; left out: the bundled hippocampus model.")
     ] = None,
     target: Annotated[
-        Literal["cubin"], typer.Option(help="cubin: the Triton-language kernels, compiled ahead of time.")
+        Literal["cuda", "cubin"],
+        typer.Option(help="cuda: programs for --engine cuda; cubin: our kernels, compiled ahead of time."),
     ] = ...,  # type: ignore[assignment]
     sm: Annotated[
         list[str],
-        typer.Option(help="Compute capability of the device, 87 or 8.7 for Jetson Orin; repeatable."),
-    ] = ...,  # type: ignore[assignment]
+        typer.Option(help="cubin: compute capability of the device, 87 or 8.7 for Jetson Orin; repeatable."),
+    ] = [],  # noqa: B006
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder to write; left out: ARTIFACT/engines/cubin.")
+        Path | None, typer.Option("--output", "-o", help="cubin: folder; left out: ARTIFACT/engines/cubin.")
     ] = None,
-    precision: Annotated[Precision, typer.Option(help="What the kernels compute on.")] = Precision.FP16,
-    batch: Annotated[int, typer.Option(help="Samples a call.")] = 1,
+    precision: Annotated[
+        Precision, typer.Option(help="What the device computes on; sums are float32.")
+    ] = Precision.FP16,
+    batch: Annotated[int | None, typer.Option(help="cubin: samples a call; left out: 1.")] = None,
     size: Annotated[
-        str | None, typer.Option(help="Latent sizes, as 8,12,8; left out: the artifact's.")
+        str | None, typer.Option(help="cubin: latent sizes, as 8,12,8; left out: the artifact's.")
     ] = None,
-    force: Annotated[bool, typer.Option(help="Replace the folder in OUTPUT.")] = False,
+    force: Annotated[bool, typer.Option(help="Replace what was built before.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Compile an artifact's kernels for devices that need not be here. Needs no GPU and no CUDA toolkit."""
+    """Prepare an artifact for GPUs that need not be here. Needs no GPU and no CUDA toolkit."""
     from volcast.runtime.default_artifact import default_artifact
+
+    if target == "cuda":
+        if sm or batch is not None or size is not None or output is not None:
+            raise ValueError(
+                "[build] --sm, --batch, --size and --output are for --target cubin: device programs hold for every "
+                "GPU, batch and size, and lie in ARTIFACT/engines/cuda"
+            )
+        _build_cuda(default_artifact() if artifact is None else artifact, precision, force, as_json)
+        return
     from volcast.runtime.sizes import parse_sizes
 
     from .cubin_report import as_table
@@ -154,12 +166,29 @@ def build(
             place,
             capabilities,
             precision=precision,
-            batch=batch,
+            batch=1 if batch is None else batch,
             size=latent,
             replace=force,
             progress=on_cubin,
         )
     print(manifest.model_dump_json() if as_json else as_table(manifest, place))
+
+
+def _build_cuda(artifact: Path, precision: Precision, force: bool, as_json: bool) -> None:
+    from .cuda_report import as_text
+    from .to_cuda import build_cuda
+
+    place = artifact / "engines" / "cuda"
+    if place.exists() and not force:
+        raise ValueError(f"[build] {place} exists: remove it, or pass --force")
+    with tqdm(desc="build", unit="program", file=sys.stderr, disable=None) as bar:
+
+        def on_program(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        built = build_cuda(artifact, precision=precision, replace=force, progress=on_program)
+    print(built.model_dump_json() if as_json else as_text(built, place))
 
 
 def _capability(text: str) -> int:

@@ -127,14 +127,17 @@ class Executor:
         """Every value and weight."""
         tensors = dict(self.weights)
         for name in self.program.inputs:
-            tensors[name] = memory.place(self.arena, self.plan.offsets[name], self.specs[name])
+            tensors[name] = _settled(memory.place(self.arena, self.plan.offsets[name], self.specs[name]))
         for operation in self.program.operations:
             for name in operation.outputs:
                 if name in self.plan.offsets:
-                    tensors[name] = memory.place(self.arena, self.plan.offsets[name], self.specs[name])
+                    tensors[name] = _settled(
+                        memory.place(self.arena, self.plan.offsets[name], self.specs[name])
+                    )
                 else:
                     given = [None if source is None else tensors[source] for source in operation.inputs]
-                    (tensors[name],) = evaluate(operation, given)
+                    (view,) = evaluate(operation, given)
+                    tensors[name] = _settled(view)
         return tensors
 
     def _call(
@@ -189,7 +192,19 @@ def _rows(
 
 
 def _part(x: Tensor, length: int | None, sample: int) -> Tensor:
-    return x.narrow(0, sample * length, length) if length else x
+    return _settled(x.narrow(0, sample * length, length)) if length else x
+
+
+def _settled(x: Tensor) -> Tensor:
+    """x with the strides of a dense value along axes of size 1, where any would do: PyTorch's operators choose their way
+    by them, so that a sample of a batch and one alone must have the same."""
+    order = [0, *range(2, x.ndim), 1] if x.ndim >= 4 else list(range(x.ndim))
+    strides, inner = list(x.stride()), 1
+    for axis in reversed(order):
+        if x.shape[axis] == 1:
+            strides[axis] = inner
+        inner = max(inner, strides[axis] * x.shape[axis])
+    return x.as_strided(x.shape, strides, x.storage_offset())
 
 
 def _lying_as(whole: Tensor, part: Tensor, filled: bool) -> Tensor:

@@ -125,7 +125,8 @@ def _linear(i: list[Any], s: dict[str, Any]) -> list[Tensor]:
     x, weight, bias, residual = (*i, None, None)[:4]
     volume = x.ndim >= 4
     rows = x.movedim(1, -1) if volume else x
-    y = rows @ weight
+    # One product of matrices whatever the rank: PyTorch would choose between two by the strides.
+    y = (rows.reshape(-1, rows.shape[-1]) @ weight).reshape(*rows.shape[:-1], -1)
     y = y if bias is None else y + bias.to(y.dtype)
     y = y.movedim(-1, 1) if volume else y
     return [y if residual is None else y + residual]
