@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -82,9 +82,35 @@ def _steps(inputs: list[Tensor], steps: list[list[Any]], results: list[int]) -> 
         spread = (-1, *spread[1:])
         registers.append(x if x.shape == largest.shape else x.reshape(spread))
     for name, *of in steps:
-        one = registers[of[0]]
-        registers.append(F.silu(one) if name == "silu" else {"add": torch.add}[name](one, registers[of[1]]))
+        if name == "constant":
+            registers.append(torch.tensor(of[0], dtype=torch.float64))
+        elif name in _OF_TWO:
+            registers.append(_OF_TWO[name](registers[of[0]], registers[of[1]]))
+        else:
+            registers.append(_OF_ONE[name](registers[of[0]], *of[1:]))
     return [registers[result].expand_as(largest) for result in results]
+
+
+_OF_TWO: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div,
+}  # fmt: skip
+_OF_ONE: dict[str, Callable[..., Tensor]] = {
+    "neg": torch.neg, "sigmoid": torch.sigmoid, "silu": F.silu, "gelu": F.gelu, "relu": F.relu, "exp": torch.exp,
+    "sqrt": torch.sqrt, "sin": torch.sin, "cos": torch.cos, "leaky_relu": F.leaky_relu, "clamp": torch.clamp,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}  # fmt: skip
+
+
+def run(
+    operations: Iterable[Operation], values: Mapping[str, Tensor], define: Definition = evaluate
+) -> dict[str, Tensor]:
+    """Every value, each in memory of its own; in float64 with `define=exact`."""
+    known = {name: x.double() for name, x in values.items()} if define is exact else dict(values)
+    for operation in operations:
+        given = [None if name is None else known[name] for name in operation.inputs]
+        results = define(operation, given)
+        known |= {name: dense(y).clone() for name, y in zip(operation.outputs, results, strict=True)}
+    return known
 
 
 class RandomProgram:
@@ -121,17 +147,6 @@ class RandomProgram:
             name: dense(torch.randn(shape, generator=self.generator).to(dtype))
             for name, (shape, dtype) in self.inputs.items()
         }
-
-    def reference(self, data: dict[str, Tensor], define: Definition = evaluate) -> dict[str, Tensor]:
-        """Every value, each in memory of its own; in float64 with `define=exact`."""
-        values = self.weights | data
-        if define is exact:
-            values = {name: x.double() for name, x in values.items()}
-        for operation in self.program.operations:
-            given = [None if name is None else values[name] for name in operation.inputs]
-            results = define(operation, given)
-            values |= {name: dense(y).clone() for name, y in zip(operation.outputs, results, strict=True)}
-        return values
 
     def weight(self, *shape: int, dtype: torch.dtype | None = None, mean: float = 0) -> str:
         name = f"w{len(self.weights)}"

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accuracy import assert_as_accurate
-from device_programs import RandomProgram, exact
+from device_programs import RandomProgram, exact, run
+from onnxruntime import InferenceSession
 from torch import Tensor
 
+from volcast.export.lower import lower
+from volcast.export.to_cuda import device_draft, stored_weights
 from volcast.kernels import Impl
 from volcast.kernels.configuration import configuration, pinned
 from volcast.runtime.device import fused
@@ -18,6 +22,7 @@ from volcast.runtime.device.executor import Call, Executor
 from volcast.runtime.device.memory import Spec
 from volcast.runtime.device.operations import dense, evaluate
 from volcast.runtime.device.program import DeviceProgram, Operation
+from volcast.runtime.spec import Precision
 
 CPU = torch.device("cpu")
 SEEDS = (195, 268, 360)  # their programs have every kind that has a fused form
@@ -290,7 +295,59 @@ def test_scratch_is_what_a_kernel_takes_besides() -> None:
     assert fused.scratch_bytes(product, [x, torch.empty(8, 8)], [y]) == 0
 
 
+def test_the_peak_is_arena_weights_and_the_largest_scratch() -> None:
+    x = torch.empty(2, 8, 40, 40, 40)
+    program = DeviceProgram(
+        inputs=("x",), outputs=("z",),
+        operations=(
+            Operation(kind="linear", inputs=("x", "w"), outputs=("y",)),
+            Operation(kind="group_norm", inputs=("y", "one", "one"), outputs=("z",),
+                      settings={"groups": 4, "eps": 1e-5, "activation": "none"}),
+        ),
+    )  # fmt: skip
+    weights = {"w": torch.empty(8, 8), "one": torch.empty(8)}
+    spec = {"x": (tuple(x.shape), x.dtype)}
+    norm = program.operations[1]
+    partial = fused.scratch_bytes(norm, [dense(x), weights["one"], weights["one"]], [dense(x)])
+    for impl, besides in (("triton", partial), ("eager", x.nbytes)):
+        bound = Executor(program, weights, spec, CPU, impl=impl)
+        assert bound.plan.bytes == 2 * x.nbytes  # the norm overwrites the product
+        assert bound.peak_bytes() == 2 * x.nbytes + 64 * 4 + 8 * 4 + besides
+
+
 def test_the_form_is_asked_for_by_name() -> None:
     made = RandomProgram(1, 5)
     assert executor(made).impl is Impl.EAGER
     assert executor(made, impl="triton").impl is Impl.TRITON
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", ["decode", "step"])
+def test_the_bundled_model_against_onnx_runtime(default_artifact_folder: Path, name: str, batch: int) -> None:
+    """Passes and arena together: as near to float64 as PyTorch is on the program as exported; so is ONNX Runtime."""
+    file = default_artifact_folder / f"{name}.onnx"
+    session = InferenceSession(file, providers=["CPUExecutionProvider"])
+    draft, raw = device_draft(file), lower(file)
+    weights = stored_weights(draft, Precision.FP32)
+    generator = torch.Generator().manual_seed(batch)
+    sides = iter((8, 4, 8))
+    data = {}
+    for tensor in session.get_inputs():
+        # Named axes: the batch, and a latent's sides.
+        shape = [
+            batch if i == 0 else next(sides) if isinstance(size, str) else size
+            for i, size in enumerate(tensor.shape)
+        ]
+        data[tensor.name] = dense(torch.randn(shape, generator=generator))
+    bound = Executor(draft.program(), weights, {n: (tuple(x.shape), x.dtype) for n, x in data.items()}, CPU)
+    for key, x in data.items():
+        offset = draft.offsets.get(key)
+        bound.inputs[key].copy_(x if offset is None else x + weights[offset])
+    bound.run()
+    theirs = session.run(None, {key: x.numpy() for key, x in data.items()})
+    right, eager = (run(raw.operations, {**raw.weights, **data}, define) for define in (exact, evaluate))
+    for key, reference, ours in zip(raw.outputs, theirs, bound.outputs.values(), strict=True):
+        for y in (ours, torch.from_numpy(reference)):
+            assert_as_accurate(y, eager[key], right[key])
+    assert bound.plan.bytes < 1.1 * bound.plan.live_bytes

@@ -112,6 +112,20 @@ class Executor:
                 else:
                     call.at_once()
 
+    def peak_bytes(self) -> int:
+        """What a run will need: the arena, the weights, and the most that one operation takes besides. cuDNN's own
+        workspace is not known before it runs, and not in it."""
+        if self.impl is Impl.TRITON:
+            from .fused import scratch_bytes
+
+            besides = [scratch_bytes(call.operation, call.inputs, call.outputs) for call in self.calls]
+        else:
+            besides = [sum(y.nbytes for y in call.outputs) for call in self.calls]
+        weights = {
+            w.untyped_storage().data_ptr(): w.untyped_storage().nbytes() for w in self.weights.values()
+        }
+        return self.plan.bytes + sum(weights.values()) + max(besides, default=0)
+
     def _arena(self, given: Tensor | None) -> Tensor:
         if given is None:
             return torch.empty(self.plan.bytes, dtype=torch.uint8, device=self.device)
