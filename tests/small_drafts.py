@@ -127,7 +127,7 @@ def _exact(one: Operation, i: list[Tensor]) -> Tensor:
     s = one.settings
     match one.kind:
         case "convolution":
-            function: Any = F.conv2d if i[0].ndim == 4 else F.conv3d
+            function: Any = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[i[0].ndim]
             return function(
                 *i, stride=s["stride"], padding=s["padding"], dilation=s["dilation"], groups=s["groups"]
             )

@@ -9,6 +9,7 @@ from small_drafts import VOLUME, Small, check, kinds
 from volcast.export.device_passes.fold_bias import fold_bias
 from volcast.export.device_passes.fuse_heads import fuse_heads
 from volcast.export.device_passes.fuse_norm import fuse_norm
+from volcast.export.device_passes.fuse_pointwise import fuse_pointwise
 from volcast.export.device_passes.split_concat import split_concat
 from volcast.export.draft import Draft
 
@@ -187,3 +188,12 @@ def test_offsets_of_before_are_kept() -> None:
     twice = once.edited([more if other == one else other for other in once.operations], {"again": bias})
     after = fold_bias(twice)
     assert torch.allclose(after.weights["row.offset"], once.weights["row.offset"] + bias, rtol=2**-23)
+
+
+def test_the_bias_of_a_convolution_along_one_axis_is_not_of_the_last_axis() -> None:
+    small = Small(x=(None, 16, 16))
+    made = small.convolution("x", 16, 16, axes=1)
+    before = small.draft(small.linear(small.add(made, "x")))
+    assert folded(before).operations == before.operations
+    assert biases(fuse_pointwise(before)) == 2
+    check(before, fuse_pointwise(before))

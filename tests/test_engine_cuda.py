@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from volcast.export.to_cuda import build_cuda
 
 import volcast
 from volcast.export.similarity import ms_ssim, relative_l2
+from volcast.export.to_cuda import build_cuda
 from volcast.runtime.engine_cuda import CudaEngine
 from volcast.runtime.pipeline import Model, load
 from volcast.runtime.spec import Precision

@@ -44,7 +44,11 @@ def faults(folder: str, name: str, text: str) -> list[str]:
             found.append(f"{folder} must not import {dotted}")
         elif level == 0 and first == "triton" and folder != "tests" and not name.endswith("_triton.py"):
             found.append("only *_triton.py imports triton")
-        elif level == 0 and first in HEAVY - ON_DEVICE.get(name.partition("/")[0], set()) and folder == "runtime":
+        elif (
+            level == 0
+            and first in HEAVY - ON_DEVICE.get(name.partition("/")[0], set())
+            and folder == "runtime"
+        ):
             found.append(f"runtime must not import {first}")
         elif folder == "runtime" and _is_device(level, dotted) and name != "engine_cuda.py":
             if not name.startswith("device/"):

@@ -54,15 +54,24 @@ def fold_bias(draft: Draft) -> Draft:
     shapes = example_shapes(draft)
     for name in [one.outputs[0] for one in draft.operations if one.kind in SOURCES]:
         one = draft.producer[name]
-        bias = draft.weights.get(one.inputs[BIAS] or "") if len(one.inputs) > BIAS else None
+        bias = bias_of(one, shapes)
         if bias is None:
             continue
         try:
-            parts = list(_readers(draft, shapes, name, bias.double()))
+            parts = list(_readers(draft, shapes, name, draft.weights[bias].double()))
         except _Stays:
             continue
         draft = _given(draft, shapes, one, parts)
     return draft
+
+
+def bias_of(one: Operation, shapes: dict[str, Shape]) -> str | None:
+    """The bias of an operation, one number a channel of its output where a program's values have their channels."""
+    if one.kind not in SOURCES or len(one.inputs) <= BIAS:
+        return None
+    # A convolution along one axis leaves `N C L`; other readers take its last axis for the channels.
+    sideways = one.kind != "linear" and len(shapes[one.outputs[0]]) < 4
+    return None if sideways else one.inputs[BIAS]
 
 
 def _readers(draft: Draft, shapes: dict[str, Shape], name: str, b: Tensor) -> Iterator[_Part]:

@@ -20,7 +20,7 @@ from volcast.export.draft import Draft
 from volcast.kernels.pointwise_program import MOST_RESULTS
 from volcast.runtime.device.program import Operation
 
-from .fold_bias import BIAS, SOURCES
+from .fold_bias import BIAS, bias_of
 from .patterns import Shape, depends_on, example_shapes, is_strided, sum_of, with_inputs
 
 MOST_INPUTS, MOST_STEPS = 6, 24
@@ -112,9 +112,9 @@ def _with_biases(draft: Draft, one: Operation, shapes: dict[str, Shape]) -> Draf
     """The biases of what only `one` reads, in full size, become its operands."""
     for name in one.inputs:
         source = draft.producer.get(name or "")
-        if source is None or source.kind not in SOURCES or name is None or draft.only_consumer(name) != one:
+        if source is None or name is None or draft.only_consumer(name) != one:
             continue
-        bias = source.inputs[BIAS] if len(source.inputs) > BIAS else None
+        bias = bias_of(source, shapes)
         if bias is None or shapes[name] != shapes[one.outputs[0]]:
             continue
         added = _Program((f"{name}.raw", bias), (("add", 0, 1),), {name: 2})
