@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_as_accurate
-from device_programs import RandomProgram, exact, run
+from device_exact import exact
+from device_programs import RandomProgram, run
 from onnxruntime import InferenceSession
 from torch import Tensor
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from accuracy import assert_as_accurate
 from decoder_programs import Decoder
-from device_programs import RandomProgram, exact
+from device_exact import exact
+from device_programs import RandomProgram
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -168,9 +169,22 @@ def test_random_programs_of_all_kinds(seed: int) -> None:
         check(program, made.weights, inputs, limit, False)
 
 
+def test_the_fused_forms() -> None:
+    """What runs on a GPU, here interpreted where no GPU is: the same passes, the numbers of the definitions."""
+    program, weights = decoder()
+    inputs = latent(1, 4, 3, 2, 2)
+    apply = FusedApply()
+    most = plan_slabs(program, weights, described(inputs), ALL, apply)
+    plan = plan_slabs(program, weights, described(inputs), most.peak_bytes * 2 // 3, apply)
+    assert any(one.height for one in plan.passes)
+    found = SlabDecoder(plan, weights, apply).run(inputs)["image"]
+    eager, oracle = (run_whole(program, weights, inputs, define)["image"] for define in (evaluate, exact))
+    assert_as_accurate(found, eager, oracle)
+
+
 def test_the_same_bits_every_time() -> None:
     program, weights = decoder()
-    inputs = latent(1, 4, 6, 5, 4)
+    inputs = latent(1, 4, 3, 2, 2)
     least = smallest(program, weights, inputs)
     first, again = (plan_slabs(program, weights, described(inputs), least) for _ in range(2))
     assert first.passes == again.passes

@@ -50,9 +50,12 @@ def faults(folder: str, name: str, text: str) -> list[str]:
             and folder == "runtime"
         ):
             found.append(f"runtime must not import {first}")
-        elif folder == "runtime" and _is_device(level, dotted) and name != "engine_cuda.py":
-            if not name.startswith("device/"):
-                found.append("only engine_cuda.py imports the device's modules, which import torch")
+        elif (
+            folder == "runtime"
+            and _is_device(level, dotted)
+            and not name.startswith(("device/", "engine_cuda."))
+        ):
+            found.append("only engine_cuda.py imports the device's modules, which import torch")
     return found
 
 

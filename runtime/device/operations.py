@@ -183,7 +183,7 @@ _EVALUATE: dict[str, Callable[[list[Any], dict[str, Any]], list[Tensor]]] = {
     "concat": lambda i, s: [torch.cat(i, s["axis"])],
     "convolution": _convolution,
     "einsum": lambda i, s: [torch.einsum(s["equation"], *i)],
-    "expand": lambda i, s: [i[0].expand(torch.broadcast_shapes(i[0].shape, s["sizes"]))],
+    "expand": lambda i, s: [i[0].expand(torch.broadcast_shapes(i[0].shape, s["sizes"]))],  # type: ignore[no-untyped-call]
     "group_norm": _group_norm,
     "input_head": _input_head,
     "layer_norm": _layer_norm,

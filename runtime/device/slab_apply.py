@@ -25,7 +25,7 @@ class FusedApply:
         device = next(x.device for x in inputs if x is not None)
         form = FORMS.get(operation.kind)
         if form is None:
-            return evaluate(_quick(operation) if device.type == "meta" else operation, inputs)
+            return evaluate(operation, inputs)
         outputs = [empty(spec, device) for spec in self._outputs(operation, inputs)]
         if device.type == "meta":
             torch.empty(scratch_bytes(operation, inputs, outputs), dtype=torch.uint8, device=device)
@@ -43,10 +43,3 @@ class FusedApply:
             results = evaluate(operation, [None if x is None else x.to("meta") for x in inputs])
             self._specs[key] = [(tuple(result.shape), result.dtype) for result in results]
         return self._specs[key]
-
-
-def _quick(operation: Operation) -> Operation:
-    """On `meta` every mode of a resize gives the same memory, and the nearest is a hundred times as fast."""
-    if operation.kind != "resize":
-        return operation
-    return operation.model_copy(update={"settings": {**operation.settings, "mode": "nearest"}})

@@ -56,14 +56,15 @@ def schedule(program: SlabProgram, whole: Collection[int], stored: Collection[st
         if stores or moments or index in whole:
             found.append((chain(program.operations, index, made - available), stores, moments))
             available |= set(stores)
-    known: set[str] = set()
+    taken: set[str] = set()
+    there = set(program.inputs) | program.weights()
     merged_in: dict[int, int] = {}
-    for place, (_, _, moments) in enumerate(found):
-        known |= set(moments)
-        ready = (
-            n for n, norm in enumerate(program.norms) if n not in merged_in and known.issuperset(norm.parts)
-        )
-        merged_in |= dict.fromkeys(list(ready), place)
+    for place, (_, stores, moments) in enumerate(found):
+        taken |= set(moments)
+        there |= set(stores)
+        for n, norm in enumerate(program.norms):
+            if n not in merged_in and taken.issuperset(norm.parts) and norm.shift in {None, *there}:
+                merged_in[n] = place
     forgotten = {part: place for n, place in sorted(merged_in.items(), key=lambda item: item[1])
                  for part in program.norms[n].parts}  # fmt: skip
     last = {name: place for place, (indices, stores, _) in enumerate(found)

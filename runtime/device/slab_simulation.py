@@ -262,4 +262,4 @@ def _merge_bytes(norm: Norm, known: Mapping[str, Tensor]) -> int:
     shift = None if norm.shift is None else known[norm.shift]
     with Allocations() as allocations:
         results = center_and_scale(moments, shift, norm.groups, known[norm.weight], norm.eps)
-    return allocations.peak - 4 * sum(result.numel() for result in results)
+    return int(allocations.peak - 4 * sum(result.numel() for result in results))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 from torch import Tensor
@@ -76,6 +76,10 @@ class Tracer:
             sources.append((x, 0 if rows is None else rows[0]))
         where = {source[0].untyped_storage()._cdata: name
                  for source, name in zip(sources, operation.inputs, strict=True) if source and name}  # fmt: skip
+        if operation.kind == "resize":
+            # Every mode takes the same memory, and on `meta` the nearest is a hundred times as fast.
+            quick = operation.model_copy(update={"settings": {**operation.settings, "mode": "nearest"}})
+            step = replace(step, local=replace(step.local, operation=quick))
         with Allocations() as allocations:
             outputs = compute(self._apply, step, sources)
         places = tuple(where.get(x.untyped_storage()._cdata) or x.untyped_storage().nbytes() for x in outputs)
