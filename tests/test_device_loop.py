@@ -138,7 +138,7 @@ def test_a_signal_stops_within_ahead(host):
     count = Counter(5, lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         _core.run_steps(executable(host, count), stream, 100000, ahead=3)
-    assert count.value == 5 + 3 - 1
+    assert 5 <= count.value <= 5 + 3 - 1  # at most: the signal may be seen before the next launches
     stream.synchronize()
 
 
