@@ -14,7 +14,7 @@ from torch import Tensor
 from volcast.runtime.artifact import MANIFEST, read_artifact
 from volcast.runtime.atomic import sha256
 from volcast.runtime.device.cost import program_cost
-from volcast.runtime.device.fused import launches
+from volcast.runtime.device.fused import launches, scratch_bytes
 from volcast.runtime.device.memory import Spec, empty, is_view, plan, shapes
 from volcast.runtime.device.program import WEIGHTS, DeviceProgram, DeviceProgramName, read_programs
 from volcast.runtime.device.slab_apply import FusedApply
@@ -57,18 +57,22 @@ class Counted:
         arena = plan(program, specs, kept).bytes
         # An image leaves the device in float32.
         image = 4 * math.prod(specs["image"][0]) if name == "decode" else 0
-        slabs = None
-        if held + arena + image > LIMIT:
+        launched, slabs = None, None
+        peak = held + arena + image
+        if peak <= LIMIT:
+            launched, scratch = _launches(program, weights, specs)
+            peak += scratch
+        else:
             slabs = plan_slabs(program, weights, inputs, LIMIT - image, FusedApply())
-            arena = slabs.peak_bytes - held
+            peak = slabs.peak_bytes + image
         return {
             "operations": cost.kinds,
-            "launches": _launches(program, weights, specs) if slabs is None else None,
+            "launches": launched,
             "flops": cost.flops,
             "bytes": cost.bytes,
             "roofline_ms": cost.roofline_ms,
             "weight_bytes": held,
-            "peak_bytes": held + arena + image,
+            "peak_bytes": peak,
             "slabs": None
             if slabs is None
             else {"passes": len(slabs.passes), "roofline_ms": slabs.milliseconds},
@@ -81,16 +85,20 @@ class Counted:
         return shape, DTYPE if wide else getattr(torch, tensor.dtype)
 
 
-def _launches(program: DeviceProgram, weights: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> int:
-    """Kernels that a run launches; a library's call counts as one."""
+def _launches(
+    program: DeviceProgram, weights: Mapping[str, Tensor], specs: Mapping[str, Spec]
+) -> tuple[int, int]:
+    """(kernels that a run launches, a library's call being one; bytes that one of them takes besides, at most)."""
     tensors = {**weights, **{name: empty(spec, "meta") for name, spec in specs.items()}}
-    count = 0
+    count = scratch = 0
     for operation in program.operations:
         if not is_view(program, operation):
             inputs = [None if name is None else tensors[name] for name in operation.inputs]
-            found = launches(operation, inputs, [tensors[name] for name in operation.outputs])
+            outputs = [tensors[name] for name in operation.outputs]
+            found = launches(operation, inputs, outputs)
             count += 1 if found is None else len(found)
-    return count
+            scratch = max(scratch, scratch_bytes(operation, inputs, outputs))
+    return count, scratch
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -101,6 +101,7 @@ def test_a_larger_latent_than_the_exported_one_is_counted(small: Path) -> None:
     assert twice == 2 * once
 
 
+@pytest.mark.slow
 def test_the_ways_to_run_a_model_agree(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(networks, "STEPS", 3)
     spec, bundle = read_artifact(small), SMALL.bundle(True)
