@@ -76,10 +76,10 @@ def assert_reads_one_product(draft: Draft) -> None:
 
 
 NETWORKS: dict[str, dict[str, Any]] = {
-    "self": {"num_head_channels": 4},
+    "self": {"num_head_channels": 8},
     "combined": {"num_head_channels": 8, "use_combined_linear": True},
     "flash": {"num_head_channels": 8, "use_flash_attention": True},
-    "cross": {"num_head_channels": 4, "with_conditioning": True, "cross_attention_dim": 5},
+    "cross": {"num_head_channels": 8, "with_conditioning": True, "cross_attention_dim": 5},
     "cross, flash": {
         "num_head_channels": 8, "with_conditioning": True, "cross_attention_dim": 5, "use_flash_attention": True,
     },
@@ -197,12 +197,12 @@ def attention(scores: list, tail: list) -> list:
 )  # fmt: skip
 def test_one_head_however_scaled(nodes: list, scale: float, tmp_path: Path) -> None:
     """Queries x of one length, keys y and values z of another."""
-    tokens = {"x": ["n", "l", 4], "y": ["n", "m", 4], "z": ["n", "m", 6]}
+    tokens = {"x": ["n", "l", 8], "y": ["n", "m", 8], "z": ["n", "m", 8]}
     tail = [("Einsum", ["p", "z"], ["out"], {"equation": "blm,bmc->blc"})]
     path = write(
-        tmp_path / "a.onnx", attention(nodes, tail), tokens, ["n", "l", 6], {"half": np.float32(0.5)}
+        tmp_path / "a.onnx", attention(nodes, tail), tokens, ["n", "l", 8], {"half": np.float32(0.5)}
     )
-    draft = checked(path, drawn((1, 3, 4), (1, 5, 4), (1, 5, 6)), drawn((2, 4, 4), (2, 2, 4), (2, 2, 6)))
+    draft = checked(path, drawn((1, 3, 8), (1, 5, 8), (1, 5, 8)), drawn((2, 4, 8), (2, 2, 8), (2, 2, 8)))
     (one,) = draft.operations
     assert (one.kind, one.settings, one.inputs) == (
         "attention",
@@ -212,16 +212,18 @@ def test_one_head_however_scaled(nodes: list, scale: float, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("axis", "equation"), [(1, "blm,bmc->blc"), (-1, "blm,bcm->blc"), (-1, "bml,bmc->blc")]
+    ("axis", "equation", "width"),
+    [(1, "blm,bmc->blc", 8), (-1, "blm,bcm->blc", 8), (-1, "bml,bmc->blc", 8), (-1, "blm,bmc->blc", 4)],
 )
-def test_other_products_are_no_attention(axis: int, equation: str, tmp_path: Path) -> None:
+def test_other_products_are_no_attention(axis: int, equation: str, width: int, tmp_path: Path) -> None:
+    """Softmax over the queries, other equations, heads of a width that the kernels do not take."""
     nodes = [
         ("Einsum", ["x", "y"], ["s"], {"equation": "blc,bmc->blm"}), ("Softmax", ["s"], ["p"], {"axis": axis}),
         ("Einsum", ["p", "z"], ["out"], {"equation": equation}),
     ]  # fmt: skip
-    tokens = {"x": ["n", 5, 4], "y": ["n", 5, 4], "z": ["n", 5, 5]}
-    path = write(tmp_path / "n.onnx", nodes, tokens, ["n", 5, 5], {})
-    draft = checked(path, drawn((2, 5, 4), (2, 5, 4), (2, 5, 5)))
+    tokens = {name: ["n", 8, width] for name in "xyz"}
+    path = write(tmp_path / "n.onnx", nodes, tokens, ["n", 8, width], {})
+    draft = checked(path, drawn(*[(2, 8, width)] * 3))
     assert kinds(draft) == {"einsum": 2, "softmax": 1}
 
 
@@ -233,8 +235,8 @@ def test_a_free_axis_is_no_axis_of_heads(tmp_path: Path) -> None:
         ("Einsum", ["p", "t"], ["o"], {"equation": "bhlm,bhmd->bhld"}),
         ("Transpose", ["o"], ["out"], {"perm": [0, 2, 1, 3]}),
     ]  # fmt: skip
-    path = write(tmp_path / "rows.onnx", nodes, {"x": ["n", "l", "h", 4]}, ["n", "l", "h", 4], {})
-    draft = checked(path, drawn((2, 3, 5, 4)), drawn((1, 2, 4, 4)))
+    path = write(tmp_path / "rows.onnx", nodes, {"x": ["n", "l", "h", 8]}, ["n", "l", "h", 8], {})
+    draft = checked(path, drawn((2, 3, 5, 8)), drawn((1, 2, 4, 8)))
     assert "attention" not in kinds(draft)
 
 

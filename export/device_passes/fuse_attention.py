@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from volcast.export.draft import Draft
+from volcast.kernels.attention import WIDEST
 from volcast.runtime.device.program import Operation
 
 from .fuse_layout import renamed
@@ -28,12 +29,12 @@ HEADS_FIRST = [0, 2, 1, 3]
 
 
 def fuse_attention(draft: Draft) -> Draft:
-    """Every attention whose heads are a fixed number."""
+    """Every attention whose heads are a fixed number, of a width that the operation takes."""
     shapes = example_shapes(draft)
     changed: list[Operation] = []
     for one in draft.operations:
-        found = _match(draft, one)
-        heads = None if found is None else _heads(draft, found.q, shapes)
+        found = _match(draft, one, shapes)
+        heads = None if found is None or not found.fits(shapes) else _heads(draft, found.q, shapes)
         changed += [one] if found is None or heads is None else found.operations(one, heads, shapes)
     return _side_by_side(_without_inverses(draft.edited(changed)))
 
@@ -48,6 +49,13 @@ class _Match:
     v: str
     scale: float
     turned: bool
+
+    def fits(self, shapes: Mapping[str, Shape]) -> bool:
+        """What `kernels.attention` asks of its operands."""
+        q, k, v = shapes[self.q], shapes[self.k], shapes[self.v]
+        k = (*k[:-2], k[-1], k[-2]) if self.turned else k
+        width = q[-1]
+        return (*q[:-2], v[-2], width) == k == v and width % 8 == 0 and width <= WIDEST and self.scale > 0
 
     def operations(self, one: Operation, heads: int, shapes: Mapping[str, Shape]) -> list[Operation]:
         """Those that make what `one`, the product with v, made."""
@@ -82,11 +90,13 @@ def _append(made: list[Operation], kind: str, source: str, name: str, **settings
     return name
 
 
-def _match(draft: Draft, one: Operation) -> _Match | None:
+def _match(draft: Draft, one: Operation, shapes: Mapping[str, Shape]) -> _Match | None:
     """The attention whose last product is `one`."""
     weights = _operands(one, "scores")
     soft = draft.producer.get(weights[0]) if weights is not None else None
     if weights is None or soft is None or soft.kind != "softmax":
+        return None
+    if soft.settings["axis"] != len(shapes[weights[0]]) - 1:
         return None
     scores, scale = _scaled(draft, soft.inputs[0] or "")
     product = draft.producer.get(scores)
