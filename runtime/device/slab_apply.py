@@ -7,6 +7,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .fused import FORMS, scratch_bytes
 from .memory import Spec, empty
@@ -40,6 +41,7 @@ class FusedApply:
             *(x if x is None else tuple(x.shape) for x in inputs),
         )
         if key not in self._specs:
-            results = evaluate(operation, [None if x is None else x.to("meta") for x in inputs])
+            with _disable_current_modes():  # what the definition allocates on `meta`, no GPU does
+                results = evaluate(operation, [None if x is None else x.to("meta") for x in inputs])
             self._specs[key] = [(tuple(result.shape), result.dtype) for result in results]
         return self._specs[key]

@@ -57,8 +57,8 @@ def plan_slabs(
 ) -> SlabPlan:
     """The plan with the least work whose peak is at most `limit_bytes`; weights and inputs count.
 
-    `weights` may lie anywhere, on `meta` too. `apply` is what will run: the plan has its allocations on `meta`. What it takes out of sight (cuDNN's workspace) is
-    the caller's to hold back.
+    `weights` may lie anywhere, on `meta` too. `apply` is what will run: the plan has its allocations on `meta`. What it
+    takes out of sight (cuDNN's workspace) is the caller's to hold back.
 
     Raises ValueError, with the smallest limit that would do, where none fits.
     """
