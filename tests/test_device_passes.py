@@ -21,7 +21,7 @@ from volcast.export.to_cuda import device_draft
 from volcast.runtime.artifact import read_artifact
 from volcast.runtime.spec import ArtifactSpec, ProgramSpec
 
-ZOO = ["brats_3d", "brats_2d", "brain_ldm", "maisi_rflow", "mednist_ddpm", "brats_3d_generative"]
+ZOO = ["brats_2d", "brain_ldm", "maisi_rflow"]
 NETWORKS = {"step": "unet", "decode": "decoder", "encode": "encoder"}
 FUSED = ("group_norm", "layer_norm")
 
