@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import numpy as np
 from onnx import NodeProto, TensorProto
 
@@ -47,11 +49,16 @@ def _columns(w: Lowering, n: NodeProto, name: str, axis: int, bounds: list[tuple
 
 
 def _split(w: Lowering, n: NodeProto) -> None:
-    bounds, start = [], 0
-    for output, width in zip(n.output, w.array(n.input[1]).tolist(), strict=True):
-        bounds.append((output, start, start + width))
-        start += width
-    _columns(w, n, n.input[0], attributes(n).get("axis", 0), bounds)
+    axis = attributes(n).get("axis", 0)
+    if len(n.input) > 1:
+        widths = [int(width) for width in w.array(n.input[1])]
+    else:
+        size = w.shapes[n.input[0]][axis]
+        if size is None or size % len(n.output):
+            raise refused(n, f"{len(n.output)} equal parts of {size or 'a free size'}")
+        widths = [size // len(n.output)] * len(n.output)
+    ends = list(accumulate(widths))
+    _columns(w, n, n.input[0], axis, list(zip(n.output, [0, *ends[:-1]], ends, strict=True)))
 
 
 def _slice(w: Lowering, n: NodeProto) -> None:

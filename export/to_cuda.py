@@ -168,7 +168,12 @@ def _check(
         )
         for tensor in described.inputs
     }
-    found = shapes(program, weights, inputs)
+    try:
+        found = shapes(program, weights, inputs)
+    except ValueError as error:
+        other = "" if precision is Precision.FP32 else "--precision fp32 or "
+        remedy = f"use {other}another engine (--engine onnxruntime)"
+        raise ValueError(f"[build] {described.file}: {error}; {remedy}") from error
     for tensor in described.outputs:
         if found[tensor.name][0] != sizes(tensor.shape):
             raise ValueError(

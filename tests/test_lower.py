@@ -92,6 +92,7 @@ ONE: dict[str, tuple[tuple, dict, dict]] = {
     "range of channels": (
         ("Slice", ["x", "one", "last", "axis"], {}), {"x": VOLUME},
         {"one": np.array([1], INTS), "last": np.array([2**62], INTS), "axis": np.array([1], INTS)}),
+    "one part": (("Split", ["x"], {"axis": -1, "num_outputs": 1}), {"x": TOKENS}, {}),
     "nearest": (
         ("Resize", ["x", "", "scale"], {"mode": "nearest", "nearest_mode": "floor",
          "coordinate_transformation_mode": "asymmetric"}), {"x": IMAGE}, {"scale": np.array([1, 1, 2, 3], np.float32)}),
@@ -218,6 +219,7 @@ def test_an_output_that_is_an_input_is_copied(tmp_path: Path) -> None:
         (("Add", ["x", "w"], {}), {"x": VOLUME}, {"w": random((6,))}, "beside"),
         (("Gather", ["x", "w"], {"axis": 0}), {"x": VOLUME}, {"w": np.array(0, INTS)}, "an index into channels"),
         (("Split", ["x", "w"], {"axis": 2}), {"x": ["n", 4, 6, 6]}, {"w": np.array([6], INTS)}, "not of the channels"),
+        (("Split", ["x"], {"axis": 2, "num_outputs": 1}), {"x": VOLUME}, {}, "1 equal parts of a free size"),
         (("Cast", ["x"], {"to": TensorProto.FLOAT16}), {"x": VOLUME}, {}, "another type than float"),
         (("Pad", ["x", "w"], {"mode": "edge"}), {"x": VOLUME}, {"w": np.array([0] * 10, INTS)}, "constant border"),
         (("LayerNormalization", ["x", "w"], {"axis": -1}), {"x": VECTOR}, {"w": random((4,))}, "a norm over axis"),
