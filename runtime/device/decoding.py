@@ -127,6 +127,7 @@ class Decoding:
         image: float32 `[N, C, D, H, W]` on the host, page-locked for a GPU; what `finish` writes.
         preview: the same for `show`.
         bytes: the device memory of the decoder's own.
+        previews: whether `show` can run beside the loop; slabs allocate and cannot.
     """
 
     def __init__(self, graphs: Graphs, loop: StepLoop, decoder: Decoder) -> None:
@@ -134,6 +135,7 @@ class Decoding:
         self.stream = graphs.stream()
         self._latent, self._shown = torch.empty_like(x), torch.empty_like(x)
         self.bytes = decoder.bytes + 2 * x.nbytes
+        self.previews = decoder.recorded
         shape, pinned = (x.shape[0], *decoder.shape), x.is_cuda
         self.image = torch.empty(shape, pin_memory=pinned)
         self.preview = torch.empty(shape, pin_memory=pinned)

@@ -6,6 +6,7 @@ graph's node a Python function, so that order, overlap and failures are those of
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, final
@@ -83,22 +84,41 @@ class _Direct:
 
 
 @final
+class _HostWork:
+    """A function and its graph, which refers to it weakly: Python finds no cycle that leads through the driver."""
+
+    def __init__(self, driver: _core.Driver, function: Function) -> None:
+        # Modes of PyTorch belong to a thread, and the stream's is another one than this.
+        self.function = torch.inference_mode()(function)
+        own = weakref.ref(self)
+
+        def call() -> None:
+            work = own()
+            if work is not None:
+                work.function()
+
+        self.graph = _core.HostGraph(driver, call)
+        self.executable = _core.Executable(driver, [self.graph.handle])
+
+    def launch(self, stream: _core.Stream) -> None:
+        self.executable.launch(stream)
+
+
+@final
 class HostGraphs(Graphs):
     """The same on the CPU."""
 
     def __init__(self) -> None:
         self.driver = _core.Driver.host()
 
-    def record(self, function: Function, stream: _core.Stream) -> _core.HostGraph:
-        # Modes of PyTorch belong to a thread, and the stream's is another one than this.
-        graph = _core.HostGraph(self.driver, torch.inference_mode()(function))
-        self.executable(graph).launch(stream)
+    def record(self, function: Function, stream: _core.Stream) -> _HostWork:
+        work = _HostWork(self.driver, function)
+        work.launch(stream)
         stream.synchronize()
-        return graph
+        return work
 
-    def executable(self, graph: _core.HostGraph, repeats: int = 1) -> _core.Executable:
-        return _core.Executable(self.driver, [graph.handle], repeats)
+    def executable(self, graph: _HostWork, repeats: int = 1) -> _core.Executable:
+        return _core.Executable(self.driver, [graph.graph.handle], repeats)
 
-    def direct(self, function: Function) -> _core.Executable:
-        graph = _core.HostGraph(self.driver, torch.inference_mode()(function))
-        return self.executable(graph)
+    def direct(self, function: Function) -> _HostWork:
+        return _HostWork(self.driver, function)

@@ -145,6 +145,10 @@ class DeviceSampler(Sampler):
         on_preview = watch.on_preview
         if on_preview is None or watch.preview_every == 0:
             return None
+        if not decoding.previews:
+            raise ValueError(
+                "[sample] on_preview: no previews where memory makes the decode run in slabs; leave it out"
+            )
         return Previews(
             watch.preview_every,
             decoding.snapshot,
