@@ -73,6 +73,7 @@ def test_recorded_work_runs_in_order_and_repeats() -> None:
     graph = graphs.record(lambda: seen.append(torch.is_inference_mode_enabled()), stream)
     seen.clear()
     graphs.executable(graph, repeats=3).launch(stream)
-    graphs.direct(lambda: seen.append(False)).launch(stream)
+    direct = graphs.direct(lambda: seen.append(False))
+    direct.launch(stream)
     stream.synchronize()
     assert seen == [True, True, True, False]

@@ -94,8 +94,8 @@ class _HostWork:
 
         def call() -> None:
             work = own()
-            if work is not None:
-                work.function()
+            assert work is not None, "work was launched and let go: keep it until it has run"
+            work.function()
 
         self.graph = _core.HostGraph(driver, call)
         self.executable = _core.Executable(driver, [self.graph.handle])
