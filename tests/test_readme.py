@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from volcast.benchmarks.kernel_report import as_markdown
+from volcast.benchmarks.network_report import as_markdown as networks_as_markdown
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -61,3 +62,9 @@ def test_the_kernels_table_is_what_was_measured() -> None:
     results = README.parent / "benchmarks" / "results" / "kernels.jsonl"
     lines = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
     assert as_markdown(lines) in README.read_text(encoding="utf-8")
+
+
+def test_the_networks_table_is_what_was_counted() -> None:
+    results = README.parent / "benchmarks" / "results" / "networks.jsonl"
+    lines = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    assert networks_as_markdown(lines) in README.read_text(encoding="utf-8")
