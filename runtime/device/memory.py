@@ -21,8 +21,8 @@ from .program import VIEWS, DeviceProgram, Operation
 ALIGNMENT = 256
 """Bytes. What cudaMalloc gives, so a value in an arena is aligned as one of its own would be."""
 
-SIZES_ONLY = VIEWS | {"reshape", "resize"}
-"""Kinds that read the sizes of their further inputs, not the numbers."""
+SIZES_ONLY = VIEWS | {"cast", "reshape", "resize"}
+"""Kinds that read the sizes or the type of their further inputs, not the numbers."""
 
 Spec = tuple[tuple[int, ...], torch.dtype]
 
