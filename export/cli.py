@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 from tqdm import tqdm
 
+from volcast.runtime.engine_name import EngineName
 from volcast.runtime.spec import Precision
 
 BundlePath = Annotated[Path, typer.Argument(help="A MONAI bundle folder, or a config file.")]
@@ -63,9 +64,7 @@ def verify(
     bundle: Annotated[
         Path | None, typer.Argument(help="The bundle that it was exported from; left out: the bundled one.")
     ] = None,
-    engine: Annotated[
-        Literal["auto", "cuda", "openvino", "onnxruntime"], typer.Option(help="What runs the artifact.")
-    ] = "auto",
+    engine: Annotated[EngineName, typer.Option(help="What runs the artifact.")] = "auto",
     steps: Annotated[int | None, typer.Option(help="Denoising steps; left out: the bundle's.")] = None,
     seed: Annotated[int, typer.Option(help="Both samplers start from its noise.")] = 0,
     condition: Annotated[

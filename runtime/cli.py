@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from .engine_name import EngineName
+
 if TYPE_CHECKING:
     from .request import Settings
     from .volume import Volume
@@ -50,9 +52,7 @@ def sample(
     image: Annotated[Path | None, typer.Option(help="NIfTI file to start from (image to image).")] = None,
     strength: Annotated[float, typer.Option(help="With --image: how far it is noised, up to 1.")] = 1.0,
     batch: Annotated[int, typer.Option(help="Samples a network call.")] = 1,
-    engine: Annotated[
-        Literal["auto", "cuda", "openvino", "onnxruntime"], typer.Option(help="What runs the networks.")
-    ] = "auto",
+    engine: Annotated[EngineName, typer.Option(help="What runs the networks.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Left out: one a physical core.")] = None,
     memory_limit: Annotated[
         str | None,

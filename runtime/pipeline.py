@@ -37,7 +37,7 @@ def load(
 
     Args:
         path: a folder that `volcast export` wrote; None: the bundled hippocampus model (`default_artifact`).
-        engine: "cuda", "onnxruntime", "openvino", "auto": the fastest CPU engine installed (`Model.engine` tells which),
+        engine: a name of `EngineName`, "auto" the fastest CPU engine installed (`Model.engine` tells which),
             or an engine of your own making.
         threads: 1..1024; None: one a physical core.
         memory_limit: bytes, or a text such as "2GiB", that the engine "cuda" may take on the device; a decode that does
