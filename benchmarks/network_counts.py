@@ -14,8 +14,10 @@ from torch import Tensor
 from volcast.runtime.artifact import MANIFEST, read_artifact
 from volcast.runtime.atomic import sha256
 from volcast.runtime.device.cost import program_cost
+from volcast.runtime.device.decoding import image_place
 from volcast.runtime.device.fused import launches, scratch_bytes
-from volcast.runtime.device.memory import Spec, empty, is_view, plan, shapes
+from volcast.runtime.device.memory import Spec, empty, is_view, shapes
+from volcast.runtime.device.order import plan_order
 from volcast.runtime.device.program import WEIGHTS, DeviceProgram, DeviceProgramName, read_programs
 from volcast.runtime.device.slab_apply import FusedApply
 from volcast.runtime.device.slab_plan import plan_slabs
@@ -54,11 +56,12 @@ class Counted:
         specs = shapes(program, weights, inputs)
         kept = frozenset(program.inputs) - {"row"} if name == "step" else frozenset()
         held = sum(value.numel() * value.itemsize for value in weights.values())
-        arena = plan(program, specs, kept).bytes
+        planned = plan_order(program, specs, kept)[1]
         # An image leaves the device in float32.
         image = 4 * math.prod(specs["image"][0]) if name == "decode" else 0
+        arena = image_place(planned, specs["image"])[1] if name == "decode" else planned.bytes
         launched, slabs = None, None
-        peak = held + arena + image
+        peak = held + arena
         if peak <= LIMIT:
             launched, scratch = _launches(program, weights, specs)
             peak += scratch

@@ -12,8 +12,9 @@ from torch import Tensor
 from volcast.kernels.impl import Impl
 
 from . import memory
-from .memory import MemoryPlan, Spec
+from .memory import Spec
 from .operations import Values, evaluate
+from .order import plan_order
 from .program import DeviceProgram, Operation
 
 Form = Callable[[Operation, Values, list[Tensor]], None]
@@ -53,9 +54,10 @@ class Executor:
     """`program` for inputs of fixed shapes (`N ...`) and dtypes on one device.
 
     Write to `inputs`, call `run()`, read `outputs`: all are views into one arena, which several executors may share if
-    they take turns. An input that is not in `keep` may be overwritten by a run. `DeviceProgram.offsets` are not added
-    here: whoever fills the inputs adds them. `weights` lie on the device; those that a fused form wants otherwise are
-    copied (see `fused.pack`, which avoids a copy an executor).
+    they take turns. The order of `program` is `plan_order`'s, not the given one's. An input that is not in `keep` may be
+    overwritten by a run. `DeviceProgram.offsets` are not added here: whoever fills the inputs adds them. `weights` lie
+    on the device; those that a fused form wants otherwise are copied (see `fused.pack`, which avoids a copy an
+    executor).
 
     `per_sample`: first outputs of operations to run sample by sample (see `golden.find_variant`).
     `impl`: None for the fused forms on a GPU and PyTorch's elsewhere.
@@ -75,7 +77,7 @@ class Executor:
         per_sample: frozenset[str] = frozenset(),
         impl: Impl | str | None = None,
     ) -> None:
-        self.program, self.device, self.per_sample = program, device, per_sample
+        self.device, self.per_sample = device, per_sample
         self.impl = Impl(impl) if impl is not None else Impl.TRITON if device.type == "cuda" else Impl.EAGER
         forms: Mapping[str, Form] = {}
         if self.impl is Impl.TRITON:
@@ -84,7 +86,7 @@ class Executor:
             forms, weights = FORMS, pack(program, weights)
         self.weights = {name: weights[name] for name in program.weights() if name in weights}
         self.specs = memory.shapes(program, self.weights, inputs)
-        self.plan: MemoryPlan = memory.plan(program, self.specs, keep)
+        self.program, self.plan = plan_order(program, self.specs, keep)
         self.arena = self._arena(arena)
         tensors = self._tensors()
         self.inputs = {name: tensors[name] for name in program.inputs}
@@ -93,7 +95,7 @@ class Executor:
         rows = _rows(program, self.weights, self.specs, self.batch)
         self.calls = tuple(
             self._call(operation, forms.get(operation.kind, eager), tensors, rows)
-            for operation in program.operations
+            for operation in self.program.operations
             if not memory.is_view(program, operation)
         )
         known = {call.operation.outputs[0]: call for call in self.calls}
