@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import Any, final
+from typing import Any, final, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -191,6 +191,11 @@ class Driver:
     @property
     def version(self) -> int:
         """The driver API's, 1000 * major + 10 * minor; the host form covers a part of 12.0."""
+    @property
+    def device_name(self) -> str: ...
+    @property
+    def capability(self) -> int:
+        """86 for compute capability 8.6; 0 for the host form."""
     def error(self, operation: str, code: int) -> DeviceError:
         """The error for a CUresult that another library met; cudaError_t has the same numbers."""
 
@@ -220,6 +225,70 @@ class Stream:
         """Work enqueued later waits for the event's last record; the caller does not block."""
     def synchronize(self) -> None:
         """Blocks, without Python's lock, until all that was enqueued is done."""
+    @overload
+    def copy(self, to: DeviceMemory, source: PinnedMemory) -> None: ...
+    @overload
+    def copy(self, to: PinnedMemory, source: DeviceMemory) -> None:
+        """Enqueues a copy of as many bytes as both have; keep both until it is done."""
+    def begin_capture(self) -> None:
+        """Until `end_capture`, this thread's work on the stream becomes a graph and does not run."""
+    def end_capture(self) -> CapturedGraph: ...
+
+@final
+class DeviceMemory:
+    """Memory of the device; on the host form the process' own. Raises DeviceError where none is left."""
+
+    def __init__(self, driver: Driver, bytes: int) -> None: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+@final
+class PinnedMemory:
+    """Page-locked memory of the host, zero at first: a buffer of bytes, for `numpy.frombuffer`."""
+
+    def __init__(self, driver: Driver, bytes: int) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+@final
+class CapturedGraph:
+    """What a stream captured; for an `Executable`. Memory and kernels that it uses are not kept by it."""
+
+    @property
+    def handle(self) -> int: ...
+
+@final
+class LatentUpdate:
+    """A plan's update as a part of a stream's work, carried out by a thread of the driver's.
+
+    The arrays lie in page-locked memory that a captured step copies to and from the device: x `[N, ...]` and row
+    `[N, R]` are the network's input, outs its outputs `[N, ...]`: one, or for guidance the unconditional one and the
+    conditional one. All float32 and contiguous. Each call carries out one row of the plan, as `run` does, bit for bit.
+    """
+
+    def __init__(
+        self, x: NDArray[np.float32], row: NDArray[np.float32], outs: list[NDArray[np.float32]]
+    ) -> None: ...
+    def start(
+        self,
+        plan: Plan,
+        rows: NDArray[np.float32],
+        seeds: NDArray[np.uint64],
+        samples: NDArray[np.uint64],
+        guidance: float | None = None,
+    ) -> None:
+        """Begins a trajectory from what x holds. `rows` `[steps, R]`: what the network is shown. The stream is idle."""
+    def enqueue(self, stream: Stream) -> None:
+        """Adds the update of one row to the stream's work; keep this object until that is done."""
+    @property
+    def done(self) -> int:
+        """Rows carried out."""
+    @property
+    def failure(self) -> str:
+        """Why no further row is carried out, or "". Read it when the stream's work has ended."""
 
 @final
 class HostGraph:
