@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,26 +88,14 @@ def _built(library: Library, builder: Any, network: Any, config: Any, name: str,
     """Build on a thread of its own: Python sees Ctrl-C on this one alone, and the library must be asked to stop."""
     monitor = _make_monitor(library.trt, progress)
     config.progress_monitor = monitor
-    found: list[Any] = []
     library.log.clear()
-
-    def work() -> None:
+    with ThreadPoolExecutor(1) as thread:
+        work = thread.submit(builder.build_serialized_network, network, config)
         try:
-            found.append(builder.build_serialized_network(network, config))
-        except Exception as error:
-            found.append(error)
-
-    thread = threading.Thread(target=work, name="build")
-    thread.start()
-    try:
-        thread.join()
-    except BaseException:
-        monitor.stopped.set()
-        thread.join()
-        raise
-    (plan,) = found
-    if isinstance(plan, BaseException):
-        raise plan
+            plan = work.result()
+        except BaseException:
+            monitor.stopped.set()
+            raise
     if plan is None:
         raise ValueError(
             f"[build] {library.target} {library.version} cannot build {name}: {library.log.reason()}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from volcast.runtime.plans import Range
 from volcast.runtime.sizes import check_size, latent_sizes
@@ -53,7 +53,7 @@ def axis_ranges(
     return ranges
 
 
-def one_by_one(ranges: dict[str, Range]) -> dict[str, Range]:
+def one_by_one(ranges: Mapping[str, Range]) -> dict[str, Range]:
     """The ranges of decode and encode, which run image by image: memory and bits do not depend on the batch."""
     one = Range(minimum=1, optimum=1, maximum=1)
     return {name: one if name == "batch" else each for name, each in ranges.items()}
@@ -85,8 +85,3 @@ def _range(name: str, smallest: int, tuned: int, largest: int) -> Range:
             f"[build] axis {name} {smallest}:{tuned}:{largest}: need smallest <= tuned <= largest"
         )
     return Range(minimum=smallest, optimum=tuned, maximum=largest)
-
-
-def largest(ranges: dict[str, Range], names: Sequence[str]) -> dict[str, int]:
-    """The largest size of each of these axes."""
-    return {name: ranges[name].maximum for name in names}

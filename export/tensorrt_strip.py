@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import onnx_ir
 from onnx_ir import DataType
@@ -14,7 +15,11 @@ from .tensorrt_types import SOURCE
 
 KEPT = 1024
 """Bytes up to which an initializer stays in the skeleton: sizes, scales and the like."""
-FLOATS = (DataType.FLOAT, DataType.FLOAT16, DataType.BFLOAT16)
+FLOATS: dict[DataType, Literal["float32", "float16", "bfloat16"]] = {
+    DataType.FLOAT: "float32",
+    DataType.FLOAT16: "float16",
+    DataType.BFLOAT16: "bfloat16",
+}
 
 
 def write_skeleton(model: onnx_ir.Model, path: Path) -> tuple[Weight, ...]:
@@ -30,14 +35,14 @@ def write_skeleton(model: onnx_ir.Model, path: Path) -> tuple[Weight, ...]:
                 continue
             stream.write(tensor.tobytes())
             source = value.metadata_props.get(SOURCE, name)
-            weights.append(Weight(name=name, source=source, dtype=tensor.dtype.numpy().name))
+            weights.append(Weight(name=name, source=source, dtype=FLOATS[tensor.dtype]))
             value.const_value = onnx_ir.ExternalTensor(
                 WEIGHTS,
                 offset,
                 tensor.nbytes,
                 tensor.dtype,
                 name=name,
-                shape=tensor.shape,
+                shape=onnx_ir.Shape(tensor.shape),
                 base_dir=path.parent,
             )
             offset += tensor.nbytes

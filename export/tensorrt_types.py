@@ -9,10 +9,11 @@ they meet a product or a volume, and so do the program's inputs and outputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import onnx_ir
+from numpy.typing import NDArray
 from onnx_ir import DataType, Graph, Node, Value
 
 from volcast.runtime.spec import Precision
@@ -183,7 +184,7 @@ class _Typing:
             )
         return self._initializer(f"{value.name}.{self._precision}", narrow, value)
 
-    def _initializer(self, name: str, array: np.ndarray, source: Value) -> Value:  # type: ignore[type-arg]
+    def _initializer(self, name: str, array: NDArray[Any], source: Value) -> Value:
         made = Value(name=name, const_value=onnx_ir.tensor(array, name=name))
         made.metadata_props[SOURCE] = source.metadata_props.get(SOURCE, source.name or "")
         self._graph.register_initializer(made)

@@ -57,8 +57,8 @@ def build_tensorrt(
     strip: bool = False,
     replace: bool = False,
     progress: Progress = lambda program, phase, done, total: None,
-) -> PlanManifest:
-    """Write a plan for each program of `artifact` to `folder` (left out: `plans_folder`) and return their manifest.
+) -> tuple[Path, PlanManifest]:
+    """Write a plan for each program of `artifact` to `folder` (left out: `plans_folder`) and return that and their manifest.
 
     Args:
         capabilities: compute capabilities, 86 for 8.6, that TensorRT-RTX builds for; left out: all from 8.0 on.
@@ -97,7 +97,7 @@ def build_tensorrt(
             version_compatible=version_compatible, programs=programs,
         )  # fmt: skip
         (temporary / PLANS).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    return manifest
+    return place, manifest
 
 
 def plans_folder(

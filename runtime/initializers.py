@@ -12,7 +12,7 @@ from .protobuf import bytes_fields, varint_fields
 
 GRAPH_OF_MODEL, INITIALIZER_OF_GRAPH = 7, 5
 TYPE, NAME, RAW, EXTERNAL = 2, 8, 9, 13  # of TensorProto
-STORED = {1: np.dtype(np.float32), 10: np.dtype(np.float16), 16: np.dtype(np.uint16)}
+STORED = {1: "<f4", 10: "<f2", 16: "<u2"}
 BFLOAT16 = 16
 
 
@@ -50,7 +50,7 @@ def _read(data: mmap.mmap, start: int, end: int, path: Path, found: dict[str, ND
     name, raw = parts[NAME].decode(), parts.get(RAW)
     if raw is None:
         raw = _external(data, start, end, path)
-    values = np.frombuffer(raw, STORED[kind].newbyteorder("<"))
+    values = np.frombuffer(raw, STORED[kind])
     if kind == BFLOAT16:
         found[name] = (values.astype(np.uint32) << 16).view(np.float32)
     else:

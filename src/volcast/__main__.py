@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 COMMANDS = {
     "export": "volcast.export.cli",
-    "build": "volcast.export.cli",
+    "build": "volcast.export.build_cli",
     "sample": "volcast.runtime.cli",
     "verify": "volcast.export.cli",
     "info": "volcast.runtime.cli",
