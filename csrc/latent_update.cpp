@@ -28,7 +28,7 @@ void LatentUpdate::start(const Plan& plan, std::vector<float> rows, const std::v
     states_ = std::move(states);
     guidance_ = guidance;
     guided_.resize(guidance ? buffers_.count * buffers_.numel : 0);
-    failure_.clear();
+    failed_ = false;
     done_ = 0;
     show_row();
 }
@@ -39,11 +39,12 @@ void LatentUpdate::enqueue(const Stream& stream) {
 
 void LatentUpdate::apply() noexcept {
     // Past the last row (the launches of a warm-up) there is nothing to do.
-    if (!failure_.empty() || done_ >= plan_.rows.size()) return;
+    if (failed_ || done_ >= plan_.rows.size()) return;
     try {
         advance_all();
     } catch (const std::exception& error) {
         failure_ = error.what();
+        failed_ = true;
     }
 }
 

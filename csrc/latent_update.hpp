@@ -34,8 +34,8 @@ public:
     void enqueue(const Stream& stream);  // captured where the stream captures
 
     std::size_t done() const { return done_; }
-    // What went wrong, or empty. Later rows are not carried out. Read it when the stream's work has ended.
-    const std::string& failure() const { return failure_; }
+    // What went wrong, or empty; later rows are not carried out then.
+    std::string failure() const { return failed_ ? failure_ : std::string(); }
 
 private:
     void apply() noexcept;
@@ -48,7 +48,8 @@ private:
     std::vector<Trajectory<float>> states_;
     std::optional<double> guidance_;
     std::atomic<std::size_t> done_{0};
-    std::string failure_;
+    std::string failure_;  // written once, before failed_
+    std::atomic<bool> failed_{false};
 };
 
 }  // namespace volcast

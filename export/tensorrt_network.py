@@ -65,8 +65,11 @@ def build_plan(
         config.set_flag(trt.BuilderFlag.STRIP_PLAN)
         config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
     profile = builder.create_optimization_profile()
-    for tensor, shapes in inputs_ranges(program, ranges).items():
-        profile.set_shape(tensor, *shapes)
+    for place, shapes in enumerate(inputs_ranges(program, ranges).values()):
+        tensor = network.get_input(place)
+        profile.set_shape(tensor.name, *shapes)
+        # Sizes that do not vary are constants, for kernels that are chosen for them.
+        tensor.shape = [least if least == most else -1 for least, _, most in zip(*shapes, strict=True)]
     config.add_optimization_profile(profile)
     library.use_timing_cache(config, settings.timing_cache)
     plan = _built(library, builder, network, config, name, progress)
@@ -75,12 +78,13 @@ def build_plan(
 
 
 def _check_inputs(trt: Any, network: Any, program: ProgramSpec) -> None:
-    found = {network.get_input(i).name: network.get_input(i).dtype for i in range(network.num_inputs)}
-    wanted = {tensor.name: getattr(trt.DataType, DTYPES[tensor.dtype]) for tensor in program.inputs}
+    inputs = [network.get_input(place) for place in range(network.num_inputs)]
+    found = [(tensor.name, tensor.dtype) for tensor in inputs]
+    wanted = [(tensor.name, getattr(trt.DataType, DTYPES[tensor.dtype])) for tensor in program.inputs]
     if found != wanted:
         raise ValueError(
-            f"[build] {program.file} takes {sorted(found)}, the manifest says {sorted(wanted)} or other types; export "
-            "the model again with `volcast export`"
+            f"[build] {program.file} takes {found}, the manifest says {wanted}; export the model again with "
+            "`volcast export`"
         )
 
 

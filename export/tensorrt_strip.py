@@ -42,7 +42,7 @@ def write_skeleton(model: onnx_ir.Model, path: Path) -> tuple[Weight, ...]:
                 tensor.nbytes,
                 tensor.dtype,
                 name=name,
-                shape=onnx_ir.Shape(tensor.shape),
+                shape=onnx_ir.Shape(tensor.shape.numpy()),
                 base_dir=path.parent,
             )
             offset += tensor.nbytes

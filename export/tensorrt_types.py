@@ -54,9 +54,12 @@ class _Typing:
         self._half: set[Value] = set()
         self._wide = {value for value in graph.inputs if value.dtype == DataType.FLOAT}
         self._casts: dict[tuple[Value, DataType], Value] = {}
+        # TensorRT-RTX 1.7 has no transposed convolution in bfloat16.
+        self._products = PRODUCTS - {"ConvTranspose"} if precision is Precision.BF16 else PRODUCTS
 
     def run(self) -> None:
         self._unstore()
+        self._matmuls()
         for value in self._graph.initializers.values():
             if value.const_value is not None and value.const_value.dtype == DataType.FLOAT:
                 self._wide.add(value)
@@ -82,6 +85,27 @@ class _Typing:
                 continue
             wide = self._initializer(f"{stored.name}.wide", tensor.numpy().astype(np.float32), stored)
             onnx_ir.convenience.replace_all_uses_with(node.outputs[0], wide)
+            self._graph.remove(node, safe=True)
+
+    def _matmuls(self) -> None:
+        """Batched products written as Einsum, which ONNX does not define for bfloat16, as MatMul."""
+        for node in list(self._graph):
+            if node.op_type != "Einsum":
+                continue
+            places = _matmul(node.attributes["equation"].as_string())
+            if places is None:
+                continue
+            left, right = node.inputs
+            if places:
+                turned = onnx_ir.node("Transpose", [right], {"perm": places})
+                turned.outputs[0].name = f"{node.outputs[0].name}.right"
+                self._graph.insert_before(node, turned)
+                right = turned.outputs[0]
+            product = onnx_ir.node("MatMul", [left, right])
+            name = node.outputs[0].name
+            node.outputs[0].name, product.outputs[0].name = f"{name}.einsum", name
+            self._graph.insert_before(node, product)
+            onnx_ir.convenience.replace_all_uses_with(node.outputs[0], product.outputs[0])
             self._graph.remove(node, safe=True)
 
     def _scale_queries(self) -> None:
@@ -113,7 +137,7 @@ class _Typing:
                 self._wide.update(node.outputs)
         elif not floats or node.op_type in NOT_FLOAT:
             return
-        elif node.op_type in PRODUCTS:
+        elif node.op_type in self._products:
             self._read(node, floats, self._type)
             self._half.update(node.outputs)
         elif not any(node.inputs[place] in self._half for place in floats):
@@ -189,6 +213,21 @@ class _Typing:
         made.metadata_props[SOURCE] = source.metadata_props.get(SOURCE, source.name or "")
         self._graph.register_initializer(made)
         return made
+
+
+def _matmul(equation: str) -> list[int] | None:
+    """How to transpose the second operand so that MatMul computes the equation, [] for not at all; None: it cannot."""
+    operands, _, out = equation.replace(" ", "").partition("->")
+    left, _, right = operands.partition(",")
+    batch = left[:-2]
+    if len(left) != len(right) or len(right) != len(out) or len(left) < 2 or right[:-2] != batch:
+        return None
+    if out != batch + left[-2] + (right[-1] if left[-1] == right[-2] else right[-2]):
+        return None
+    if left[-1] == right[-2]:
+        return []
+    axes = len(right)
+    return [*range(axes - 2), axes - 1, axes - 2] if left[-1] == right[-1] else None
 
 
 def _is_half(dtype: DataType) -> bool:

@@ -288,7 +288,7 @@ class LatentUpdate:
         """Rows carried out."""
     @property
     def failure(self) -> str:
-        """Why no further row is carried out, or "". Read it when the stream's work has ended."""
+        """Why no further row is carried out, or ""."""
 
 @final
 class HostGraph:
