@@ -24,7 +24,8 @@ def open_engine(
     `threads` is 1..1024; None: the physical cores that this process may use. `memory_limit` is for "cuda" alone.
 
     Raises:
-        ValueError: an unknown or missing engine, `threads` or `memory_limit` out of range, no usable GPU for "cuda".
+        ValueError: an unknown or missing engine, `threads` or `memory_limit` out of range, no usable GPU or library for
+            "cuda", "tensorrt", "tensorrt-rtx".
     """
     if name not in get_args(EngineName):
         raise ValueError(f"[engine] engine={name!r}: need one of {', '.join(get_args(EngineName))}")
@@ -35,6 +36,10 @@ def open_engine(
         return _cuda(limit)
     if limit is not None:
         raise ValueError(f"[engine] memory_limit={memory_limit}: only the engine cuda keeps one, not {name}")
+    if name == "tensorrt" or name == "tensorrt-rtx":
+        from .engine_tensorrt import TensorRtEngine
+
+        return TensorRtEngine(name)
     installed = [engine for engine in INSTALL if find_spec(engine) is not None]
     if name == "auto" and not installed:
         raise ValueError(f"[engine] none is installed; {INSTALL['openvino']}")

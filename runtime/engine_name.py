@@ -5,6 +5,8 @@ from typing import Literal
 EngineName = Literal[
     "auto",
     "cuda",
+    "tensorrt",
+    "tensorrt-rtx",
     "openvino",
     "onnxruntime",
     "onnxruntime-cuda",
