@@ -114,12 +114,17 @@ def sample(
 
 
 def info(artifact: Artifact = None, as_json: AsJson = False) -> None:
-    """Show an artifact: programs, nodes and FLOPs before and after, axes, conditions, provenance."""
+    """Show an artifact (or check a pack): programs, nodes and FLOPs before and after, axes, conditions, provenance."""
     from . import describe
     from .artifact import read_artifact
     from .default_artifact import default_artifact
+    from .pack import PACK, read_pack
 
     folder = artifact or default_artifact()
+    if (folder / PACK).is_file():
+        manifest = read_pack(folder)
+        typer.echo(manifest.model_dump_json() if as_json else manifest.as_text())
+        return
     spec = read_artifact(folder)
     typer.echo(json.dumps(describe.as_dict(spec, folder)) if as_json else describe.as_text(spec, folder))
 
