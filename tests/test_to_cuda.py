@@ -192,10 +192,10 @@ def test_the_report_counts_every_operation(small: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ZOO)
-def test_every_network_of_the_zoo(zoo_bundle: Any, tmp_path: Path, name: str) -> None:
+def test_every_network_of_the_zoo(zoo_artifact: Any, tmp_path: Path, name: str) -> None:
     """Lowered, laid out, fused, through all passes: the same numbers after each; then built in half precision."""
-    folder = tmp_path / "artifact"
-    spec = export_bundle(zoo_bundle(name), folder)
+    folder = zoo_artifact(name)
+    spec = read_artifact(folder)
     names = [one for one in ("step", "decode", "encode") if one in spec.programs]
     for one in names:
         program = spec.programs[one]  # type: ignore[index]
@@ -211,5 +211,5 @@ def test_every_network_of_the_zoo(zoo_bundle: Any, tmp_path: Path, name: str) ->
         kinds = Counter(operation.kind for operation in fused.operations)
         assert not RAW & kinds.keys()
         assert kinds["attention"] == sum(operation.kind == "softmax" for operation in raw.operations)
-    built = build_cuda(folder, precision=Precision.FP16)
+    built = build_cuda(folder, tmp_path / "cuda", precision=Precision.FP16)
     assert list(built.programs) == names
