@@ -15,7 +15,7 @@ from volcast import _core
 from volcast.runtime.spec import ArtifactSpec
 
 from . import memory
-from .executor import Executor
+from .executor import Executor, besides, usual_impl
 from .graphs import Function, Graphs
 from .model import DeviceModel
 from .operations import evaluate
@@ -53,9 +53,10 @@ class Whole(Decoder):
         """`executor`: with an arena as large as `image_place` says."""
         self._executor, self._scale = executor, scale
         spec = executor.specs["image"]
-        place, self.bytes = image_place(executor.plan, spec)
+        place, arena = image_place(executor.plan, spec)
         self._image = memory.place(executor.arena, place, (spec[0], torch.float32))
         self.shape = spec[0][1:]
+        self.bytes = arena + besides(executor.program, executor.weights, executor.specs, executor.impl)
 
     def __call__(self, latent: Tensor) -> Tensor:
         self._executor.inputs["z"].copy_(latent / self._scale)
@@ -123,7 +124,7 @@ def open_decoder(
     specs = memory.shapes(program, weights, described)
     image = specs["image"]
     _, whole = image_place(plan_order(program, specs)[1], image)
-    if limit is None or whole <= limit:
+    if limit is None or whole + besides(program, weights, specs, usual_impl(model.device)) <= limit:
         arena = torch.empty(whole, dtype=torch.uint8, device=model.device)
         return Whole(Executor(program, weights, described, model.device, arena), spec.scale_factor)
     apply = evaluate

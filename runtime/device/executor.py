@@ -60,7 +60,7 @@ class Executor:
     executor).
 
     `per_sample`: first outputs of operations to run sample by sample (see `golden.find_variant`).
-    `impl`: None for the fused forms on a GPU and PyTorch's elsewhere.
+    `impl`: None for `usual_impl`.
 
     Raises ValueError for what the program cannot take, for an arena that is too small or elsewhere.
     """
@@ -78,7 +78,7 @@ class Executor:
         impl: Impl | str | None = None,
     ) -> None:
         self.device, self.per_sample = device, per_sample
-        self.impl = Impl(impl) if impl is not None else Impl.TRITON if device.type == "cuda" else Impl.EAGER
+        self.impl = usual_impl(device) if impl is None else Impl(impl)
         forms: Mapping[str, Form] = {}
         if self.impl is Impl.TRITON:
             from .fused import FORMS, pack
@@ -115,18 +115,15 @@ class Executor:
                     call.at_once()
 
     def peak_bytes(self) -> int:
-        """What a run will need: the arena, the weights, and the most that one operation takes besides. cuDNN's own
-        workspace is not known before it runs, and not in it."""
-        if self.impl is Impl.TRITON:
-            from .fused import scratch_bytes
-
-            besides = [scratch_bytes(call.operation, call.inputs, call.outputs) for call in self.calls]
-        else:
-            besides = [sum(y.nbytes for y in call.outputs) for call in self.calls]
+        """What a run will need: the arena, the weights, and `besides`."""
         weights = {
             w.untyped_storage().data_ptr(): w.untyped_storage().nbytes() for w in self.weights.values()
         }
-        return self.plan.bytes + sum(weights.values()) + max(besides, default=0)
+        return (
+            self.plan.bytes
+            + sum(weights.values())
+            + besides(self.program, self.weights, self.specs, self.impl)
+        )
 
     def _arena(self, given: Tensor | None) -> Tensor:
         if given is None:
@@ -180,10 +177,38 @@ class Executor:
         )  # fmt: skip
 
 
+def usual_impl(device: torch.device) -> Impl:
+    """The fused forms on a GPU, PyTorch's elsewhere."""
+    return Impl.TRITON if device.type == "cuda" else Impl.EAGER
+
+
 def eager(operation: Operation, inputs: Values, outputs: list[Tensor]) -> None:
     """The form of any operation: its definition, then a copy."""
     for out, result in zip(outputs, evaluate(operation, inputs), strict=True):
         out.copy_(result)
+
+
+def besides(
+    program: DeviceProgram, weights: Mapping[str, Tensor], specs: Mapping[str, Spec], impl: Impl
+) -> int:
+    """Bytes that a run takes beside arena and weights: the most of one operation, which gives it back. cuDNN's own
+    workspace is not known before it runs, and not in it."""
+    tensors = {name: weights[name].to("meta") for name in program.weights()}
+    tensors |= {name: memory.empty(spec, "meta") for name, spec in specs.items()}
+    found = [0]
+    for operation in program.operations:
+        inputs = [None if name is None else tensors[name] for name in operation.inputs]
+        if memory.is_view(program, operation):
+            (tensors[operation.outputs[0]],) = evaluate(operation, inputs)
+            continue
+        outputs = [tensors[name] for name in operation.outputs]
+        if impl is Impl.TRITON:
+            from .fused import scratch_bytes
+
+            found.append(scratch_bytes(operation, inputs, outputs))
+        else:
+            found.append(sum(y.nbytes for y in outputs))
+    return max(found)
 
 
 def _rows(
