@@ -79,6 +79,12 @@ def parse_size(text: str) -> Sizes:
     return (sizes[0], sizes[0], sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1], sizes[2])
 
 
+def as_text(size: Sizes) -> str:
+    """The sizes as `parse_size` reads them."""
+    parts = [",".join(map(str, one)) for one in size]
+    return parts[0] if len(set(parts)) == 1 else ":".join(parts)
+
+
 def _range(name: str, smallest: int, tuned: int, largest: int) -> Range:
     if not smallest <= tuned <= largest:
         raise ValueError(

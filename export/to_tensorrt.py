@@ -33,7 +33,7 @@ from volcast.runtime.spec import ArtifactSpec, Precision
 from volcast.runtime.tensorrt_library import Library, open_library
 
 from .tensorrt_network import PlanSettings, build_plan
-from .tensorrt_profile import Sizes, axis_ranges, one_by_one
+from .tensorrt_profile import Sizes, as_text, axis_ranges, one_by_one
 from .tensorrt_shapes import check_elements
 from .tensorrt_strip import write_skeleton
 from .tensorrt_types import typed
@@ -95,6 +95,7 @@ def build_tensorrt(
             name=spec.name, target=target, version=library.version, artifact=sha256(artifact / MANIFEST),
             precision=precision, capabilities=devices, gpu=gpu, compatibility=compatibility,
             version_compatible=version_compatible, programs=programs,
+            batch=None if batch is None else f"{batch[0]}:{batch[1]}", size=None if size is None else as_text(size),
         )  # fmt: skip
         (temporary / PLANS).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return place, manifest

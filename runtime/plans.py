@@ -76,6 +76,7 @@ class PlanManifest(Frozen):
         artifact: the sha256 of the artifact's manifest.
         capabilities: compute capabilities that the plans run on, 86 for 8.6; with `compatibility` "ampere-plus" the
             one that they were built on.
+        batch, size: as on the command line; None: left out.
         gpu: the GPU that TensorRT built on; "" for plans that were built for a capability alone.
     """
 
@@ -89,6 +90,8 @@ class PlanManifest(Frozen):
     gpu: Annotated[str, Field(max_length=200)] = ""
     compatibility: Compatibility = "none"
     version_compatible: bool = False
+    batch: Annotated[str, Field(pattern=r"^[0-9]+:[0-9]+$")] | None = None
+    size: Annotated[str, Field(pattern=r"^[0-9]+([,:][0-9]+)*$")] | None = None
     programs: dict[ProgramName, PlanFile]
 
     def command(self) -> str:
@@ -96,6 +99,8 @@ class PlanManifest(Frozen):
         words = ["volcast build ARTIFACT --target", self.target, "--precision", self.precision.value]
         if self.target == "tensorrt-rtx":
             words += [f"--sm {one}" for one in self.capabilities]
+        words += [] if self.batch is None else ["--batch", self.batch]
+        words += [] if self.size is None else ["--size", self.size]
         if self.compatibility != "none":
             words += ["--compatibility", self.compatibility]
         words += ["--version-compatible"] if self.version_compatible else []
@@ -176,10 +181,12 @@ def check_sizes(folder: Path, plans: PlanManifest, name: ProgramName, sizes: Map
     for axis, size in sizes.items():
         held = plans.programs[name].ranges.get(axis)
         if held is not None and not held.minimum <= size <= held.maximum:
-            option = "--batch" if axis == "batch" else "--steps" if axis == "steps" else "--size"
+            option = "--batch" if axis == "batch" else "--size"
+            remedy = f"build with another {option}: {plans.command()}"
+            if axis == "steps":
+                remedy = "give fewer steps, or call it for a part of them"
             raise ValueError(
-                f"[{name}] {axis}={size}: the plan in {folder} takes {held.minimum}..{held.maximum}; build with "
-                f"another {option}: {plans.command()}"
+                f"[{name}] {axis}={size}: the plan in {folder} takes {held.minimum}..{held.maximum}; {remedy}"
             )
 
 
