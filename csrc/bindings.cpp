@@ -6,6 +6,7 @@ void bind_noise(pybind11::module_& m);
 void bind_loop(pybind11::module_& m);
 void bind_device(pybind11::module_& m);
 void bind_memory(pybind11::module_& m);
+void bind_kernel(pybind11::module_& m);
 
 PYBIND11_MODULE(_core, m) {
     m.doc() = "The sampler core in C++: noise schedules, sampling plans, counter-based noise, the loops.";
@@ -15,4 +16,5 @@ PYBIND11_MODULE(_core, m) {
     bind_loop(m);
     bind_device(m);
     bind_memory(m);
+    bind_kernel(m);
 }

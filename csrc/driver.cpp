@@ -115,6 +115,11 @@ const DriverTable& cuda_table() {
         find(library, "cuLaunchHostFunc", found.cuLaunchHostFunc);
         find(library, "cuStreamBeginCapture_v2", found.cuStreamBeginCapture_v2);
         find(library, "cuStreamEndCapture", found.cuStreamEndCapture);
+        find(library, "cuModuleLoadData", found.cuModuleLoadData);
+        find(library, "cuModuleUnload", found.cuModuleUnload);
+        find(library, "cuModuleGetFunction", found.cuModuleGetFunction);
+        find(library, "cuFuncSetAttribute", found.cuFuncSetAttribute);
+        find(library, "cuLaunchKernel", found.cuLaunchKernel);
         return found;
     }();
     return table;

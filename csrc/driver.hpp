@@ -18,6 +18,8 @@ using CUhostFn = void (*)(void* data);
 using CUcontext = struct CUctx_st*;
 using CUstream = struct CUstream_st*;
 using CUevent = struct CUevent_st*;
+using CUmodule = struct CUmod_st*;
+using CUfunction = struct CUfunc_st*;
 using CUgraph = struct CUgraph_st*;
 using CUgraphNode = struct CUgraphNode_st*;
 using CUgraphExec = struct CUgraphExec_st*;
@@ -35,6 +37,7 @@ enum : CUresult {
 };
 enum : int { CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76 };
 enum : int { CU_STREAM_CAPTURE_MODE_THREAD_LOCAL = 1 };
+enum : int { CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8 };
 enum : unsigned { CU_STREAM_NON_BLOCKING = 1, CU_EVENT_BLOCKING_SYNC = 1, CU_EVENT_DISABLE_TIMING = 2 };
 
 // The driver's entry points, as libcuda.so.1 exports them.
@@ -75,9 +78,17 @@ struct DriverTable {
     CUresult (*cuLaunchHostFunc)(CUstream stream, CUhostFn function, void* data);
     CUresult (*cuStreamBeginCapture_v2)(CUstream stream, int mode);
     CUresult (*cuStreamEndCapture)(CUstream stream, CUgraph* graph);
+    // Not in the host form, which has no machine code to run.
+    CUresult (*cuModuleLoadData)(CUmodule* module, const void* image);
+    CUresult (*cuModuleUnload)(CUmodule module);
+    CUresult (*cuModuleGetFunction)(CUfunction* function, CUmodule module, const char* name);
+    CUresult (*cuFuncSetAttribute)(CUfunction function, int attribute, int value);
+    CUresult (*cuLaunchKernel)(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
+                               unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes,
+                               CUstream stream, void** parameters, void** extra);
 };
 
-// The host form: every entry point, carried out by threads of this process. Driver API 12.0 in what it covers.
+// The host form: every other entry point, carried out by threads of this process. Driver API 12.0 in what it covers.
 const DriverTable& host_table();
 // Adds a node that calls the function on the thread of the stream that runs the graph. What it throws fails the
 // launch: the stream skips what was enqueued after it until cuStreamSynchronize, cuEventSynchronize or cuEventQuery

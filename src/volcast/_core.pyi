@@ -235,6 +235,24 @@ class Stream:
     def end_capture(self) -> CapturedGraph: ...
 
 @final
+class Kernel:
+    """One entry of a cubin, loaded into the device's context.
+
+    Raises:
+        ValueError: `image` is no cubin, or the driver is the host form.
+        DeviceError: the cubin is for another compute capability (CUDA_ERROR_NO_BINARY_FOR_GPU).
+    """
+
+    def __init__(
+        self, driver: Driver, image: bytes, entry: str, threads: int, shared_bytes: int
+    ) -> None: ...
+    def launch(self, stream: Stream, grid: tuple[int, int, int], arguments: bytes) -> None:
+        """Adds a launch to the stream's work. `arguments`: as the kernel's parameter space has them.
+
+        Keep this object and what the arguments point to until it is done.
+        """
+
+@final
 class DeviceMemory:
     """Memory of the device; on the host form the process' own. Raises DeviceError where none is left."""
 
