@@ -101,11 +101,13 @@ class _Typing:
                 turned.outputs[0].name = f"{node.outputs[0].name}.right"
                 self._graph.insert_before(node, turned)
                 right = turned.outputs[0]
+            (old,) = node.outputs
             product = onnx_ir.node("MatMul", [left, right])
-            name = node.outputs[0].name
-            node.outputs[0].name, product.outputs[0].name = f"{name}.einsum", name
+            (new,) = product.outputs
+            new.shape, new.dtype, new.name = old.shape, old.dtype, old.name
+            old.name = f"{new.name}.einsum"
             self._graph.insert_before(node, product)
-            onnx_ir.convenience.replace_all_uses_with(node.outputs[0], product.outputs[0])
+            old.replace_all_uses_with(new, replace_graph_outputs=True)
             self._graph.remove(node, safe=True)
 
     def _scale_queries(self) -> None:
