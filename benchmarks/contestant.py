@@ -48,7 +48,8 @@ class Task:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """One volume, in seconds of wall time; `peak_bytes` is the process's peak of resident memory meanwhile.
+    """One volume, in seconds of wall time; `peak_bytes` is the process's peak of resident memory meanwhile, `device_bytes`
+    what an engine has reserved on a device of its own.
 
     `network_s` is what the calls of the denoising network took together, `prepare_s` what networks took that run
     once a request (volcast's schedule and prepare), `decode_s` the decoder.
@@ -59,10 +60,11 @@ class Round:
     network_s: float
     decode_s: float
     peak_bytes: int
+    device_bytes: int = 0
 
     def figures(self, steps: int) -> dict[str, float]:
         """Milliseconds of a network call, of a step with everything around it, of a decode; seconds of a volume;
-        volumes a minute; percent of the volume's time outside every network; MiB."""
+        volumes a minute; percent of the volume's time outside every network; MiB of the process and of a device."""
         outside = self.total_s - self.prepare_s - self.network_s - self.decode_s
         return {
             "network_ms": 1e3 * self.network_s / steps,
@@ -72,6 +74,7 @@ class Round:
             "volumes_per_minute": 60 / self.total_s,
             "outside_percent": 100 * outside / self.total_s,
             "peak_mib": self.peak_bytes / 2**20,
+            "device_mib": self.device_bytes / 2**20,
         }
 
 
@@ -89,10 +92,11 @@ class Contestant(ABC):
 
 @final
 class Clock:
-    """Seconds by part, added up over calls. One for each volume."""
+    """Seconds by part, added up over calls, and the bytes reserved on a device. One for each volume."""
 
     def __init__(self) -> None:
         self.seconds: dict[Part, float] = {"prepare": 0.0, "network": 0.0, "decode": 0.0}
+        self.device_bytes = 0
 
     def call(self, part: Part, function: Callable[P, R], *arguments: P.args, **keywords: P.kwargs) -> R:
         """Call `function` and add what it took to `part`."""

@@ -99,7 +99,7 @@ def prepare(selection: Selection, steps: int) -> Ready:
     folder = default_artifact() if selection.artifact is None else selection.artifact
     spec = read_artifact(folder)
     _check_model(spec, selection.peers, steps)
-    conditions = _conditions(spec)
+    conditions = default_conditions(spec)
     weights = {key: value for key, value in spec.provenance.items() if key.endswith("_sha256")}
     plain = plain_folder(weights) if "onnxruntime" in selection.peers else None
     task = Task(
@@ -150,7 +150,7 @@ def _check_model(spec: ArtifactSpec, peers: tuple[str, ...], steps: int) -> None
         )
 
 
-def _conditions(spec: ArtifactSpec) -> dict[str, NDArray[np.generic]]:
+def default_conditions(spec: ArtifactSpec) -> dict[str, NDArray[np.generic]]:
     """The defaults of conditions that are described by fields, zeros for the others, without a batch axis."""
     _, sizes = latent_sizes(spec, None)
     given = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,14 +22,16 @@ REFERENCE = "MONAI eager"
 @final
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One contestant. `reason` says why it has no rounds; `error` is the relative L2 distance of its volume from
-    MONAI eager's (None without MONAI); `ratio` is its time for a volume over volcast's, round by round."""
+    """One contestant. `reason` says why it has no rounds; `error` is the relative L2 distance of its volume from the
+    reference's (None without one); `ratio` is its time for a volume over volcast's, round by round; `cold_s` are the
+    seconds from the start of its process to its first volume."""
 
     name: str
     reason: str | None = None
     error: float | None = None
     rounds: tuple[Round, ...] = ()
     ratio: Statistics | None = None
+    cold_s: float | None = None
 
     def figures(self, steps: int) -> dict[str, Statistics]:
         """`Round.figures` over the rounds."""
@@ -42,6 +45,7 @@ class Result:
             "reason": self.reason,
             "relative_l2": self.error,
             "over_volcast": self.ratio.as_dict() if self.ratio else None,
+            "cold_s": self.cold_s,
             "volume_s_rounds": [round_.total_s for round_ in self.rounds],
             **{name: statistics.as_dict() for name, statistics in self.figures(steps).items()},
         }
@@ -54,12 +58,13 @@ def race(
     exports: Mapping[str, Entry],
     repeats: int,
     limit_s: float,
+    reference: str = REFERENCE,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> list[Result]:
     """Make the `exports`, open all, let each sample once (warm-up and the volume to compare), then `repeats` rounds of turns.
 
     Who goes first moves on by one a round. The first entry whose name begins with "volcast" is what `ratio` refers
-    to. `limit_s` bounds each export, opening and the first volume of each: torch.compile works there. A contestant that cannot
+    to, and `reference` names the one whose volume the others' are compared with. `limit_s` bounds each export, opening and the first volume of each: torch.compile works there. A contestant that cannot
     run, or dies, gets a reason instead of figures. `progress` is told what begins, `stages(...)` times at most.
 
     Raises:
@@ -68,6 +73,7 @@ def race(
     reasons: dict[str, str] = {}
     volumes: dict[str, NDArray[np.float32]] = {}
     rounds: dict[str, list[Round]] = {entry.name: [] for entry in entries}
+    cold: dict[str, float] = {}
     for name, export in exports.items():
         progress(export.name)
         try:
@@ -81,10 +87,12 @@ def race(
             if entry.name in reasons:
                 continue
             progress(f"{entry.name}: open and warm up")
+            began = time.perf_counter()
             worker = stack.enter_context(Worker(entry, task))
             try:
                 worker.open(limit_s)
                 _, volumes[entry.name] = worker.volume(limit_s)
+                cold[entry.name] = time.perf_counter() - began
                 workers.append(worker)
             except Failed as failure:
                 reasons[entry.name] = str(failure)
@@ -99,7 +107,7 @@ def race(
                     rounds[worker.name].append(worker.volume()[0])
                 except Failed as failure:
                     reasons[worker.name] = str(failure)
-    return _results([entry.name for entry in entries], reasons, volumes, rounds)
+    return _results([entry.name for entry in entries], reasons, volumes, rounds, cold, reference)
 
 
 def stages(entries: Sequence[Entry], exports: Mapping[str, Entry], repeats: int) -> int:
@@ -112,8 +120,10 @@ def _results(
     reasons: Mapping[str, str],
     volumes: Mapping[str, NDArray[np.float32]],
     rounds: Mapping[str, Sequence[Round]],
+    cold: Mapping[str, float],
+    reference: str,
 ) -> list[Result]:
-    reference = volumes.get(REFERENCE)
+    wanted = volumes.get(reference)
     base = next((name for name in names if name.startswith("volcast") and name not in reasons), None)
     results = []
     for name in names:
@@ -124,7 +134,8 @@ def _results(
         results.append(
             Result(
                 name=name,
-                error=None if reference is None else relative_error(volumes[name], reference),
+                error=None if wanted is None else relative_error(volumes[name], wanted),
+                cold_s=cold[name],
                 rounds=tuple(rounds[name]),
                 ratio=None
                 if base is None

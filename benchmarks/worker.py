@@ -156,6 +156,7 @@ def _measure(contestant: Contestant) -> tuple[Round, NDArray[np.float32]]:
             network_s=clock.seconds["network"],
             decode_s=clock.seconds["decode"],
             peak_bytes=memory.bytes(),
+            device_bytes=clock.device_bytes,
         ),
         volume,
     )

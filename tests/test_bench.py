@@ -115,6 +115,7 @@ def test_figures_of_a_round() -> None:
             "volumes_per_minute": 30,
             "outside_percent": 62,
             "peak_mib": 3,
+            "device_mib": 0,
         }
     )
 
