@@ -72,7 +72,7 @@ def build_plan(
         tensor.shape = [least if least == most else -1 for least, _, most in zip(*shapes, strict=True)]
     config.add_optimization_profile(profile)
     library.use_timing_cache(config, settings.timing_cache)
-    plan = _built(library, builder, network, config, name, progress)
+    plan = _built(library, builder, network, config, name, settings.strip, progress)
     library.keep_timing_cache(config, settings.timing_cache)
     return plan
 
@@ -88,7 +88,9 @@ def _check_inputs(trt: Any, network: Any, program: ProgramSpec) -> None:
         )
 
 
-def _built(library: Library, builder: Any, network: Any, config: Any, name: str, progress: Progress) -> bytes:
+def _built(
+    library: Library, builder: Any, network: Any, config: Any, name: str, strip: bool, progress: Progress
+) -> bytes:
     """Build on a thread of its own: Python sees Ctrl-C on this one alone, and the library must be asked to stop."""
     monitor = _make_monitor(library.trt, progress)
     config.progress_monitor = monitor
@@ -101,8 +103,10 @@ def _built(library: Library, builder: Any, network: Any, config: Any, name: str,
             monitor.stopped.set()
             raise
     if plan is None:
+        # A plan whose weights can be replaced has kernels that do so, and those are compiled on the device.
+        remedy = "; --strip needs the GPU when it builds: leave it out here" if strip else ""
         raise ValueError(
-            f"[build] {library.target} {library.version} cannot build {name}: {library.log.reason()}"
+            f"[build] {library.target} {library.version} cannot build {name}: {library.log.reason()}{remedy}"
         )
     return bytes(plan)
 

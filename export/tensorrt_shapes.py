@@ -7,12 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
-from onnx import ModelProto, TensorProto, helper, shape_inference
+from onnx import ModelProto, NodeProto, TensorProto, helper, shape_inference
 
 from volcast.runtime.spec import ProgramSpec
 
 LIMIT = 2**31
 """TensorRT's tensors have fewer elements than this."""
+PRODUCTS = ("Einsum", "MatMul")
+FUSED = range(16, 257)
+"""Channels of a head with which TensorRT-RTX 1.7 fuses attention of two heads or more, as its plans show. It fuses no
+single head, none in float32, and none of 8 or 512 channels."""
 SMALL = 4096
 """Bytes below which an initializer may hold sizes, whose values the inference needs."""
 
@@ -51,12 +55,19 @@ def tensor_shapes(path: Path, sizes: Mapping[str, int]) -> dict[str, tuple[int, 
     return shapes
 
 
-def check_elements(path: Path, name: str, program: ProgramSpec, sizes: Mapping[str, int]) -> None:
-    """Raise ValueError, with the remedy, where a tensor of the program passes TensorRT's limit at `sizes`."""
-    tensors = tensor_shapes(path, sizes)
-    inputs = {t.name: tuple(s if isinstance(s, int) else sizes[s] for s in t.shape) for t in program.inputs}
-    largest = max(tensors | inputs, key=lambda one: math.prod((tensors | inputs)[one]))
-    shape = (tensors | inputs)[largest]
+def check_elements(
+    path: Path, name: str, program: ProgramSpec, sizes: Mapping[str, int], fused: bool = True
+) -> None:
+    """Raise ValueError, with the remedy, where a tensor of the program passes TensorRT's limit at `sizes`.
+
+    `fused`: attention in half precision becomes one kernel, whose scores are never a tensor (see `FUSED`).
+    """
+    shapes = tensor_shapes(path, sizes)
+    shapes |= {t.name: tuple(s if isinstance(s, int) else sizes[s] for s in t.shape) for t in program.inputs}
+    if fused:
+        shapes = {name: shapes[name] for name in shapes.keys() - fused_scores(path, shapes)}
+    largest = max(shapes, key=lambda one: math.prod(shapes[one]))
+    shape = shapes[largest]
     if math.prod(shape) >= LIMIT:
         batch = "a smaller --batch or --size" if name in ("step", "prepare") else "a smaller --size"
         slabs = (
@@ -68,6 +79,32 @@ def check_elements(path: Path, name: str, program: ProgramSpec, sizes: Mapping[s
             f"[build] {name}: {largest} would have {math.prod(shape)} elements {shape}: TensorRT's tensors have fewer "
             f"than 2^31; give {batch}{slabs}"
         )
+
+
+def fused_scores(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
+    """The values inside of attentions that are fused: scores, scaled or masked, and their softmax."""
+    graph = onnx.load(path, load_external_data=False).graph
+    makers = {name: node for node in graph.node for name in node.output}
+    readers: dict[str, list[NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    found: set[str] = set()
+    for node in graph.node:
+        if node.op_type != "Softmax" or any(
+            one.op_type not in PRODUCTS for one in readers.get(node.output[0], ())
+        ):
+            continue
+        chain, name = {node.output[0]}, node.input[0]
+        while name in makers and makers[name].op_type in ("Add", "Div", "Mul"):
+            chain.add(name)
+            name = makers[name].input[0]
+        if name not in makers or makers[name].op_type not in PRODUCTS:
+            continue
+        query = shapes.get(makers[name].input[0], ())
+        if len(query) == 4 and query[1] > 1 and query[-1] in FUSED:
+            found |= chain | {name}
+    return found
 
 
 def _without_weights(model: ModelProto) -> None:

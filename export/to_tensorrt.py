@@ -78,7 +78,9 @@ def build_tensorrt(
     ranges = axis_ranges(spec, batch, size)
     names = [name for name in get_args(ProgramName) if name in spec.programs]
     for name in names:
-        check_elements(artifact / spec.programs[name].file, name, spec.programs[name], _largest(name, ranges))
+        sizes = {axis: one.maximum for axis, one in _ranges(name, ranges).items()}
+        fused = precision is not Precision.FP32
+        check_elements(artifact / spec.programs[name].file, name, spec.programs[name], sizes, fused)
     settings = PlanSettings(
         capabilities=devices, compatibility=compatibility, version_compatible=version_compatible, strip=strip,
         timing_cache=cache_folder() / f"{target}-{library.version}-sm{devices[0]}.timing",
@@ -173,10 +175,6 @@ def _modern(library: Library) -> tuple[int, ...]:
 def _typed_as(name: ProgramName, precision: Precision, devices: Sequence[int]) -> Precision:
     """`schedule` runs once a schedule on a few numbers, and what it gets wrong every step gets wrong."""
     return Precision.FP32 if name == "schedule" and TURING not in devices else precision
-
-
-def _largest(name: ProgramName, ranges: Mapping[str, Range]) -> dict[str, int]:
-    return {axis: one.maximum for axis, one in _ranges(name, ranges).items()}
 
 
 def _ranges(name: ProgramName, ranges: Mapping[str, Range]) -> dict[str, Range]:

@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from volcast.export.tensorrt_shapes import LIMIT, check_elements, tensor_shapes
+from volcast.export.tensorrt_shapes import LIMIT, check_elements, fused_scores, tensor_shapes
 from volcast.runtime.artifact import read_artifact
 from volcast.runtime.spec import ProgramSpec, TensorSpec
 
@@ -51,6 +51,49 @@ def test_the_limit_names_program_tensor_elements_and_remedy(default_artifact_fol
     elements, shape = text.split("have ")[1].split(" elements ")
     assert int(elements) == math.prod(map(int, shape[1 : shape.index(")")].split(","))) >= LIMIT
     assert "--engine cuda --memory-limit" in text
+
+
+def test_scores_are_no_tensors_where_attention_is_fused(default_artifact_folder: Path) -> None:
+    """TensorRT-RTX 1.7 builds this step in half precision with its attentions fused; in float32 it fuses none."""
+    program = read_artifact(default_artifact_folder).programs["step"]
+    path = default_artifact_folder / program.file
+    sizes = {"batch": 1, "d0": 64, "d1": 64, "d2": 64}
+    # A score, its scaled form and its softmax in each of the seven attentions.
+    assert len(fused_scores(path, tensor_shapes(path, sizes))) == 21
+    check_elements(path, "step", program, sizes)
+    with pytest.raises(
+        ValueError, match=r"step: \S+ would have 3221225472 elements \(1, 3, 32768, 32768\): "
+    ):
+        check_elements(path, "step", program, sizes, fused=False)
+
+
+@pytest.mark.parametrize(
+    ("heads", "channels", "fused"), [(2, 64, True), (1, 64, False), (2, 512, False), (2, 8, False)]
+)
+def test_which_attentions_are_fused(tmp_path: Path, heads: int, channels: int, fused: bool) -> None:
+    tensors = {name: [1, heads, 2**15 * 2, channels] for name in "qkvy"}
+    values = {
+        name: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in tensors.items()
+    }
+    nodes = [
+        helper.make_node("Einsum", ["q", "k"], ["p"], equation="bhld,bhmd->bhlm"),
+        helper.make_node("Softmax", ["p"], ["a"], axis=-1),
+        helper.make_node("MatMul", ["a", "v"], ["y"]),
+    ]
+    graph = helper.make_graph(nodes, "g", [values[name] for name in "qkv"], [values["y"]])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)]), tmp_path / "step.onnx")
+    specs = {
+        name: TensorSpec(name=name, dtype="float32", shape=tuple(shape)) for name, shape in tensors.items()
+    }
+    program = ProgramSpec(
+        file="step.onnx", inputs=tuple(specs[name] for name in "qkv"), outputs=(specs["y"],), nodes=3, nodes_before=3,
+        flops=0, flops_before=0,
+    )  # fmt: skip
+    if fused:
+        check_elements(tmp_path / "step.onnx", "step", program, {})
+    else:
+        with pytest.raises(ValueError, match=rf"step: [pa] would have {heads * 2**32} elements"):
+            check_elements(tmp_path / "step.onnx", "step", program, {})
 
 
 def limited(tmp_path: Path, size: int) -> None:
