@@ -20,6 +20,7 @@ struct HeldLane {
     py::array x, row;
     std::vector<py::array> inputs;
     py::function call;
+    py::object output;  // alive until the next call
 };
 
 std::byte* memory(const char* name, const py::array& array, py::ssize_t count) {
@@ -44,13 +45,13 @@ Lane make_lane(const Kept& kept, std::size_t number) {
     lane.row = reinterpret_cast<float*>(memory("row", held.row, count));
     for (const py::array& input : held.inputs) lane.inputs.push_back(memory("input", input, count));
     const py::ssize_t size = held.x.size();
-    const auto output = std::make_shared<py::object>();  // alive until the next call
-    lane.call = [kept, number, output, size]() -> const float* {
+    lane.call = [kept, number, size]() -> const float* {
         const py::gil_scoped_acquire acquire;
         try {
-            *output = (*kept)[number].call();
-            check(py::isinstance<py::array>(*output), "batcher", "the network gave no numpy array");
-            const auto array = py::reinterpret_borrow<py::array>(*output);
+            py::object& output = (*kept)[number].output;
+            output = (*kept)[number].call();
+            check(py::isinstance<py::array>(output), "batcher", "the network gave no numpy array");
+            const auto array = py::reinterpret_borrow<py::array>(output);
             const bool good = array.dtype().equal(py::dtype::of<float>()) && array.size() == size &&
                               (array.flags() & py::array::c_style) != 0;
             check(good, "batcher", "the network gave ", kind(array), ", wanted contiguous float32 of ", size, " values");
@@ -71,7 +72,7 @@ std::size_t add_group(Batcher& batcher, const py::list& lanes) {
     for (const auto& lane : lanes) {
         const auto fields = lane.cast<py::tuple>();
         kept->push_back({fields[0].cast<py::array>(), fields[1].cast<py::array>(),
-                         fields[2].cast<std::vector<py::array>>(), fields[3].cast<py::function>()});
+                         fields[2].cast<std::vector<py::array>>(), fields[3].cast<py::function>(), py::object()});
     }
     Group group;
     for (std::size_t i = 0; i < kept->size(); ++i) group.lanes.push_back(make_lane(kept, i));
