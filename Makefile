@@ -40,7 +40,7 @@ lint: env
 	$(BIN)/mypy
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 clean:
 	rm -rf $(ENV) demo build src/volcast.egg-info src/volcast/_core*.so

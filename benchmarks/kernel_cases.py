@@ -18,7 +18,9 @@ from torch import Tensor
 from volcast.kernels.attention import attention
 from volcast.kernels.group_norm import group_norm
 from volcast.kernels.input_head import input_head
+from volcast.kernels.layer_norm import add_layer_norm, layer_norm
 from volcast.kernels.output_head import output_head
+from volcast.kernels.pointwise import pointwise
 from volcast.kernels.sampler_step import plan_table, sampler_step, step_counter
 from volcast.kernels.upsample_convolution import phase_weights, upsample_convolution
 
@@ -214,6 +216,96 @@ def _attention(heads: int, width: int, length: int, reach: float) -> Case:
     )  # fmt: skip
 
 
+def _layer_norm(channels: int, length: int, *, added: bool) -> Case:
+    """A norm of tokens; `added`: of the product before it, its bias and the residual, which come out as well."""
+
+    def subject(device: torch.device) -> tuple[Call, dict[str, Call]]:
+        x, residual = torch.randn(2, 1, length, channels, device=device).to(HALF)
+        weight, bias, shift = torch.randn(3, channels, device=device).to(HALF)
+
+        def eager(v: Tensor) -> tuple[Tensor, Tensor]:
+            h = v + shift + residual if added else v
+            return F.layer_norm(h, (channels,), weight, bias, 1e-5), h
+
+        def fused() -> Tensor:
+            if added:
+                return add_layer_norm(x, weight, bias, shift=shift, residual=residual)[0]
+            return layer_norm(x, weight, bias)
+
+        compiled = torch.compile(eager, dynamic=False)
+        return fused, {"PyTorch": lambda: eager(x)[0], "torch.compile": lambda: compiled(x)[0]}
+
+    def launches(capability: int) -> list[Any]:
+        from volcast.kernels.layer_norm_triton import layer_norm_launches
+
+        x, vector = empty(1, length, channels, dtype=HALF), empty(channels)
+        before = (vector, torch.empty_like(x)) if added else (None, None)
+        return layer_norm_launches(x, vector, vector, 1e-5, *before)[2]
+
+    return Case(
+        name=f"{'bias + residual + ' if added else ''}LayerNorm, {channels} ch, L={length}", operation="layer_norm",
+        reach_ms=None, cost=Cost(bytes=(8 if added else 4) * channels * length), subject=subject, launches=launches,
+    )  # fmt: skip
+
+
+def _gate(channels: int, length: int) -> Case:
+    """A transformer's gate: one half of a product's columns times GELU of the other, read where they lie."""
+    program = '[["gelu", 0], ["mul", 1, 2]]'
+
+    def subject(device: torch.device) -> tuple[Call, dict[str, Call]]:
+        value, gate = torch.randn(1, length, 2 * channels, device=device).to(HALF).chunk(2, -1)
+
+        def eager(a: Tensor, b: Tensor) -> Tensor:
+            return a * F.gelu(b)
+
+        compiled = torch.compile(eager, dynamic=False)
+        return lambda: pointwise([gate, value], program, [3])[0], {
+            "PyTorch": lambda: eager(value, gate),
+            "torch.compile": lambda: compiled(value, gate),
+        }
+
+    def launches(capability: int) -> list[Any]:
+        from volcast.kernels.pointwise_triton import pointwise_launches
+
+        value, gate = empty(1, length, 2 * channels, dtype=HALF).chunk(2, -1)
+        return pointwise_launches([gate, value], program, [3])[1]
+
+    elements = channels * length
+    return Case(
+        name=f"GELU gate, {channels} ch, L={length}", operation="pointwise", reach_ms=None,
+        cost=Cost(bytes=6 * elements, special=elements), subject=subject, launches=launches,
+    )  # fmt: skip
+
+
+def _bias_residual(channels: int, *spatial: int) -> Case:
+    """The end of a residual block: the product of its skip connection, that one's bias, the convolutions' result."""
+    program = '[["add", 0, 1], ["add", 2, 3]]'
+
+    def subject(device: torch.device) -> tuple[Call, dict[str, Call]]:
+        x, residual = (volume(device, 1, channels, *spatial) for _ in range(2))
+        bias = torch.randn(channels, device=device).to(HALF)
+
+        def eager(a: Tensor, b: Tensor) -> Tensor:
+            return b + (a + bias[:, None, None, None])
+
+        compiled = torch.compile(eager, dynamic=False)
+        return lambda: pointwise([x, bias, residual], program, [4])[0], {
+            "PyTorch, NDHWC": lambda: eager(x, residual),
+            "torch.compile, NDHWC": lambda: compiled(x, residual),
+        }
+
+    def launches(capability: int) -> list[Any]:
+        from volcast.kernels.pointwise_triton import pointwise_launches
+
+        x, residual = (volume(META, 1, channels, *spatial) for _ in range(2))
+        return pointwise_launches([x, empty(channels), residual], program, [4])[1]
+
+    return Case(
+        name=f"bias + residual, {channels} ch @ {_times(spatial)}", operation="pointwise", reach_ms=None,
+        cost=Cost(bytes=6 * channels * torch.Size(spatial).numel()), subject=subject, launches=launches,
+    )  # fmt: skip
+
+
 def _sampler_step(channels: int, *spatial: int) -> Case:
     """One stochastic DDIM step with guidance, the network in float16."""
 
@@ -280,5 +372,9 @@ CASES = (
     _attention(1, 768, 175, reach=0.012),
     _attention(8, 32, 32768, reach=3.0),
     _input_head(1, 64, 160, 224, 160),
+    _layer_norm(512, 1400, added=False),
+    _layer_norm(512, 1400, added=True),
+    _gate(2048, 1400),
+    _bias_residual(64, 160, 224, 160),
     _sampler_step(8, 36, 44, 28),
 )

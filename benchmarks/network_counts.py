@@ -11,11 +11,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from volcast.kernels.impl import Impl
 from volcast.runtime.artifact import MANIFEST, read_artifact
 from volcast.runtime.atomic import sha256
 from volcast.runtime.device.cost import program_cost
-from volcast.runtime.device.fused import launches, scratch_bytes
-from volcast.runtime.device.memory import Spec, empty, is_view, plan, shapes
+from volcast.runtime.device.decoding import image_place
+from volcast.runtime.device.executor import besides
+from volcast.runtime.device.fused import launches
+from volcast.runtime.device.memory import Spec, empty, is_view, shapes
+from volcast.runtime.device.order import plan_order
 from volcast.runtime.device.program import WEIGHTS, DeviceProgram, DeviceProgramName, read_programs
 from volcast.runtime.device.slab_apply import FusedApply
 from volcast.runtime.device.slab_plan import plan_slabs
@@ -54,14 +58,14 @@ class Counted:
         specs = shapes(program, weights, inputs)
         kept = frozenset(program.inputs) - {"row"} if name == "step" else frozenset()
         held = sum(value.numel() * value.itemsize for value in weights.values())
-        arena = plan(program, specs, kept).bytes
+        planned = plan_order(program, specs, kept)[1]
         # An image leaves the device in float32.
         image = 4 * math.prod(specs["image"][0]) if name == "decode" else 0
+        arena = image_place(planned, specs["image"])[1] if name == "decode" else planned.bytes
+        peak = held + arena + besides(program, weights, specs, Impl.TRITON)
         launched, slabs = None, None
-        peak = held + arena + image
         if peak <= LIMIT:
-            launched, scratch = _launches(program, weights, specs)
-            peak += scratch
+            launched = _launches(program, weights, specs)
         else:
             slabs = plan_slabs(program, weights, inputs, LIMIT - image, FusedApply())
             peak = slabs.peak_bytes + image
@@ -85,20 +89,16 @@ class Counted:
         return shape, DTYPE if wide else getattr(torch, tensor.dtype)
 
 
-def _launches(
-    program: DeviceProgram, weights: Mapping[str, Tensor], specs: Mapping[str, Spec]
-) -> tuple[int, int]:
-    """(kernels that a run launches, a library's call being one; bytes that one of them takes besides, at most)."""
+def _launches(program: DeviceProgram, weights: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> int:
+    """The kernels that a run launches, a library's call being one."""
     tensors = {**weights, **{name: empty(spec, "meta") for name, spec in specs.items()}}
-    count = scratch = 0
+    count = 0
     for operation in program.operations:
         if not is_view(program, operation):
             inputs = [None if name is None else tensors[name] for name in operation.inputs]
-            outputs = [tensors[name] for name in operation.outputs]
-            found = launches(operation, inputs, outputs)
+            found = launches(operation, inputs, [tensors[name] for name in operation.outputs])
             count += 1 if found is None else len(found)
-            scratch = max(scratch, scratch_bytes(operation, inputs, outputs))
-    return count, scratch
+    return count
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -127,6 +127,8 @@ void bind_device(py::module_& m) {
                     "where there is no driver or GPU, or the driver is older than 12.0.")
         .def_static("host", &Driver::host, "The same functions, carried out by threads of this process.")
         .def_property_readonly("name", &Driver::name)
+        .def_property_readonly("device_name", &Driver::device_name)
+        .def_property_readonly("capability", &Driver::capability, "86 for compute capability 8.6.")
         .def_property_readonly("version", &Driver::version)
         .def(
             "error", [](const Driver& d, const std::string& op, int code) { return to_python(d.error(op, code)); },
@@ -142,7 +144,14 @@ void bind_device(py::module_& m) {
         .def("record", &Stream::record, py::arg("event"), GilFree())
         .def("wait", &Stream::wait, py::arg("event"), GilFree(),
              "Later work of this stream waits for the event's last record; the caller does not.")
-        .def("synchronize", &Stream::synchronize, GilFree());
+        .def("synchronize", &Stream::synchronize, GilFree())
+        .def("copy", py::overload_cast<const DeviceMemory&, const PinnedMemory&>(&Stream::copy, py::const_),
+             py::arg("to"), py::arg("source"), GilFree(), "As many bytes as both have; keep both until it is done.")
+        .def("copy", py::overload_cast<const PinnedMemory&, const DeviceMemory&>(&Stream::copy, py::const_),
+             py::arg("to"), py::arg("source"), GilFree())
+        .def("begin_capture", &Stream::begin_capture, GilFree(),
+             "Until end_capture, this thread's work on the stream becomes a graph and does not run.")
+        .def("end_capture", &Stream::end_capture, GilFree());
     py::class_<HostGraph, std::shared_ptr<HostGraph>>(m, "HostGraph", "A graph that calls a function.", dying)
         .def(py::init(&make_host_graph), py::arg("driver"), py::arg("function"))
         .def_property_readonly("handle",

@@ -5,6 +5,8 @@ void bind_plan(pybind11::module_& m);
 void bind_noise(pybind11::module_& m);
 void bind_loop(pybind11::module_& m);
 void bind_device(pybind11::module_& m);
+void bind_memory(pybind11::module_& m);
+void bind_kernel(pybind11::module_& m);
 void bind_batcher(pybind11::module_& m);
 
 PYBIND11_MODULE(_core, m) {
@@ -14,5 +16,7 @@ PYBIND11_MODULE(_core, m) {
     bind_noise(m);
     bind_loop(m);
     bind_device(m);
+    bind_memory(m);
+    bind_kernel(m);
     bind_batcher(m);
 }

@@ -1,5 +1,7 @@
 #include "device.hpp"
 
+#include <algorithm>
+#include <cstring>
 #include <utility>
 
 #include "check.hpp"
@@ -53,6 +55,23 @@ void Event::synchronize() const {
     driver_->call("wait for an event", &DriverTable::cuEventSynchronize, event_);
 }
 
+DeviceMemory::DeviceMemory(std::shared_ptr<const Driver> driver, std::size_t bytes)
+    : driver_(std::move(driver)), bytes_(bytes) {
+    driver_->call("allocate memory", &DriverTable::cuMemAlloc_v2, &address_, bytes);
+}
+
+DeviceMemory::~DeviceMemory() { driver_->attempt(&DriverTable::cuMemFree_v2, address_); }
+
+PinnedMemory::PinnedMemory(std::shared_ptr<const Driver> driver, std::size_t bytes)
+    : driver_(std::move(driver)), bytes_(bytes) {
+    driver_->call("allocate page-locked memory", &DriverTable::cuMemHostAlloc, &data_, bytes, 0U);
+    std::memset(data_, 0, bytes);
+}
+
+PinnedMemory::~PinnedMemory() { driver_->attempt(&DriverTable::cuMemFreeHost, data_); }
+
+CapturedGraph::~CapturedGraph() { driver_->attempt(&DriverTable::cuGraphDestroy, graph_); }
+
 Stream::Stream(std::shared_ptr<const Driver> driver) : driver_(std::move(driver)) {
     const unsigned flags = CU_STREAM_NON_BLOCKING;  // independent of torch's default stream
     driver_->call("create a stream", &DriverTable::cuStreamCreate, &stream_, flags);
@@ -72,6 +91,35 @@ void Stream::wait(const Event& event) const {
 
 void Stream::synchronize() const {
     driver_->call("wait for a stream", &DriverTable::cuStreamSynchronize, stream_);
+}
+
+void Stream::copy(const DeviceMemory& to, const PinnedMemory& from) const {
+    check_same("copy", *driver_, to.driver());
+    check_same("copy", *driver_, from.driver());
+    driver_->call("copy to the device", &DriverTable::cuMemcpyHtoDAsync_v2, to.address(),
+                  static_cast<const void*>(from.data()), std::min(to.bytes(), from.bytes()), stream_);
+}
+
+void Stream::copy(const PinnedMemory& to, const DeviceMemory& from) const {
+    check_same("copy", *driver_, to.driver());
+    check_same("copy", *driver_, from.driver());
+    driver_->call("copy from the device", &DriverTable::cuMemcpyDtoHAsync_v2, to.data(), from.address(),
+                  std::min(to.bytes(), from.bytes()), stream_);
+}
+
+void Stream::call(CUhostFn function, void* data) const {
+    driver_->call("call a function", &DriverTable::cuLaunchHostFunc, stream_, function, data);
+}
+
+void Stream::begin_capture() const {
+    driver_->call("begin a capture", &DriverTable::cuStreamBeginCapture_v2, stream_,
+                  static_cast<int>(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL));
+}
+
+std::shared_ptr<CapturedGraph> Stream::end_capture() const {
+    CUgraph graph = nullptr;
+    driver_->call("end a capture", &DriverTable::cuStreamEndCapture, stream_, &graph);
+    return std::make_shared<CapturedGraph>(driver_, graph);
 }
 
 HostGraph::HostGraph(std::shared_ptr<const Driver> driver, std::function<void()> function)

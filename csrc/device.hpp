@@ -29,6 +29,57 @@ private:
     CUevent event_ = nullptr;
 };
 
+// Memory of the device.
+class DeviceMemory final {
+public:
+    DeviceMemory(std::shared_ptr<const Driver> driver, std::size_t bytes);
+    DeviceMemory(const DeviceMemory&) = delete;
+    DeviceMemory& operator=(const DeviceMemory&) = delete;
+    ~DeviceMemory();
+
+    const Driver& driver() const { return *driver_; }
+    CUdeviceptr address() const { return address_; }
+    std::size_t bytes() const { return bytes_; }
+
+private:
+    std::shared_ptr<const Driver> driver_;
+    std::size_t bytes_;
+    CUdeviceptr address_ = 0;
+};
+
+// Page-locked memory of the host, which a device copies to and from while the host goes on. Zero at first.
+class PinnedMemory final {
+public:
+    PinnedMemory(std::shared_ptr<const Driver> driver, std::size_t bytes);
+    PinnedMemory(const PinnedMemory&) = delete;
+    PinnedMemory& operator=(const PinnedMemory&) = delete;
+    ~PinnedMemory();
+
+    const Driver& driver() const { return *driver_; }
+    void* data() const { return data_; }
+    std::size_t bytes() const { return bytes_; }
+
+private:
+    std::shared_ptr<const Driver> driver_;
+    std::size_t bytes_;
+    void* data_ = nullptr;
+};
+
+// What a stream captured. Memory and code that it uses stay the caller's to keep alive.
+class CapturedGraph final {
+public:
+    CapturedGraph(std::shared_ptr<const Driver> driver, CUgraph graph) : driver_(std::move(driver)), graph_(graph) {}
+    CapturedGraph(const CapturedGraph&) = delete;
+    CapturedGraph& operator=(const CapturedGraph&) = delete;
+    ~CapturedGraph();
+
+    CUgraph handle() const { return graph_; }
+
+private:
+    std::shared_ptr<const Driver> driver_;
+    CUgraph graph_;
+};
+
 class Stream final {
 public:
     explicit Stream(std::shared_ptr<const Driver> driver);
@@ -39,6 +90,15 @@ public:
     void record(const Event& event) const;
     void wait(const Event& event) const;  // holds later work back until the event's last record; does not block
     void synchronize() const;
+
+    // The whole of the smaller memory; the caller keeps both alive until it is done.
+    void copy(const DeviceMemory& to, const PinnedMemory& from) const;
+    void copy(const PinnedMemory& to, const DeviceMemory& from) const;
+    void call(CUhostFn function, void* data) const;  // on a thread of the driver's; it must not use the driver
+
+    // Until end_capture, this thread's work on the stream becomes a graph and does not run.
+    void begin_capture() const;
+    std::shared_ptr<CapturedGraph> end_capture() const;
 
     const Driver& driver() const { return *driver_; }
     std::shared_ptr<const Driver> share() const { return driver_; }

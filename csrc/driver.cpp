@@ -85,6 +85,8 @@ const DriverTable& cuda_table() {
         find(library, "cuGetErrorName", found.cuGetErrorName);
         find(library, "cuGetErrorString", found.cuGetErrorString);
         find(library, "cuDeviceGet", found.cuDeviceGet);
+        find(library, "cuDeviceGetName", found.cuDeviceGetName);
+        find(library, "cuDeviceGetAttribute", found.cuDeviceGetAttribute);
         find(library, "cuDevicePrimaryCtxRetain", found.cuDevicePrimaryCtxRetain);
         find(library, "cuDevicePrimaryCtxRelease_v2", found.cuDevicePrimaryCtxRelease_v2);
         find(library, "cuCtxPushCurrent_v2", found.cuCtxPushCurrent_v2);
@@ -104,6 +106,20 @@ const DriverTable& cuda_table() {
         find(library, "cuGraphLaunch", found.cuGraphLaunch);
         find(library, "cuGraphExecDestroy", found.cuGraphExecDestroy);
         find(library, "cuGraphDestroy", found.cuGraphDestroy);
+        find(library, "cuMemAlloc_v2", found.cuMemAlloc_v2);
+        find(library, "cuMemFree_v2", found.cuMemFree_v2);
+        find(library, "cuMemHostAlloc", found.cuMemHostAlloc);
+        find(library, "cuMemFreeHost", found.cuMemFreeHost);
+        find(library, "cuMemcpyHtoDAsync_v2", found.cuMemcpyHtoDAsync_v2);
+        find(library, "cuMemcpyDtoHAsync_v2", found.cuMemcpyDtoHAsync_v2);
+        find(library, "cuLaunchHostFunc", found.cuLaunchHostFunc);
+        find(library, "cuStreamBeginCapture_v2", found.cuStreamBeginCapture_v2);
+        find(library, "cuStreamEndCapture", found.cuStreamEndCapture);
+        find(library, "cuModuleLoadData", found.cuModuleLoadData);
+        find(library, "cuModuleUnload", found.cuModuleUnload);
+        find(library, "cuModuleGetFunction", found.cuModuleGetFunction);
+        find(library, "cuFuncSetAttribute", found.cuFuncSetAttribute);
+        find(library, "cuLaunchKernel", found.cuLaunchKernel);
         return found;
     }();
     return table;
@@ -131,6 +147,22 @@ Driver::Driver(std::string name, const DriverTable& table, int device) : name_(s
 }
 
 Driver::~Driver() { table_.cuDevicePrimaryCtxRelease_v2(device_); }
+
+std::string Driver::device_name() const {
+    char name[256] = {};
+    check_result("read the device's name", table_.cuDeviceGetName(name, sizeof name, device_));
+    return name;
+}
+
+int Driver::capability() const {
+    int major = 0, minor = 0;
+    const auto read = [&](int* value, int attribute) {
+        check_result("read the device's capability", table_.cuDeviceGetAttribute(value, attribute, device_));
+    };
+    read(&major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR);
+    read(&minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
+    return 10 * major + minor;
+}
 
 DeviceError Driver::error(const std::string& operation, CUresult code) const {
     const char* known = nullptr;

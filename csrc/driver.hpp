@@ -13,9 +13,13 @@ namespace volcast {
 // form defines the structs they point to.
 using CUresult = int;
 using CUdevice = int;
+using CUdeviceptr = unsigned long long;
+using CUhostFn = void (*)(void* data);
 using CUcontext = struct CUctx_st*;
 using CUstream = struct CUstream_st*;
 using CUevent = struct CUevent_st*;
+using CUmodule = struct CUmod_st*;
+using CUfunction = struct CUfunc_st*;
 using CUgraph = struct CUgraph_st*;
 using CUgraphNode = struct CUgraphNode_st*;
 using CUgraphExec = struct CUgraphExec_st*;
@@ -29,7 +33,11 @@ enum : CUresult {
     CUDA_ERROR_INVALID_CONTEXT = 201,
     CUDA_ERROR_NOT_READY = 600,
     CUDA_ERROR_LAUNCH_FAILED = 719,
+    CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900,
 };
+enum : int { CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76 };
+enum : int { CU_STREAM_CAPTURE_MODE_THREAD_LOCAL = 1 };
+enum : int { CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8 };
 enum : unsigned { CU_STREAM_NON_BLOCKING = 1, CU_EVENT_BLOCKING_SYNC = 1, CU_EVENT_DISABLE_TIMING = 2 };
 
 // The driver's entry points, as libcuda.so.1 exports them.
@@ -39,6 +47,8 @@ struct DriverTable {
     CUresult (*cuGetErrorName)(CUresult error, const char** name);
     CUresult (*cuGetErrorString)(CUresult error, const char** text);
     CUresult (*cuDeviceGet)(CUdevice* device, int ordinal);
+    CUresult (*cuDeviceGetName)(char* name, int length, CUdevice device);
+    CUresult (*cuDeviceGetAttribute)(int* value, int attribute, CUdevice device);
     CUresult (*cuDevicePrimaryCtxRetain)(CUcontext* context, CUdevice device);
     CUresult (*cuDevicePrimaryCtxRelease_v2)(CUdevice device);
     CUresult (*cuCtxPushCurrent_v2)(CUcontext context);
@@ -59,9 +69,26 @@ struct DriverTable {
     CUresult (*cuGraphLaunch)(CUgraphExec exec, CUstream stream);
     CUresult (*cuGraphExecDestroy)(CUgraphExec exec);
     CUresult (*cuGraphDestroy)(CUgraph graph);
+    CUresult (*cuMemAlloc_v2)(CUdeviceptr* address, std::size_t bytes);
+    CUresult (*cuMemFree_v2)(CUdeviceptr address);
+    CUresult (*cuMemHostAlloc)(void** address, std::size_t bytes, unsigned flags);
+    CUresult (*cuMemFreeHost)(void* address);
+    CUresult (*cuMemcpyHtoDAsync_v2)(CUdeviceptr to, const void* from, std::size_t bytes, CUstream stream);
+    CUresult (*cuMemcpyDtoHAsync_v2)(void* to, CUdeviceptr from, std::size_t bytes, CUstream stream);
+    CUresult (*cuLaunchHostFunc)(CUstream stream, CUhostFn function, void* data);
+    CUresult (*cuStreamBeginCapture_v2)(CUstream stream, int mode);
+    CUresult (*cuStreamEndCapture)(CUstream stream, CUgraph* graph);
+    // Not in the host form, which has no machine code to run.
+    CUresult (*cuModuleLoadData)(CUmodule* module, const void* image);
+    CUresult (*cuModuleUnload)(CUmodule module);
+    CUresult (*cuModuleGetFunction)(CUfunction* function, CUmodule module, const char* name);
+    CUresult (*cuFuncSetAttribute)(CUfunction function, int attribute, int value);
+    CUresult (*cuLaunchKernel)(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
+                               unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes,
+                               CUstream stream, void** parameters, void** extra);
 };
 
-// The host form: every entry point, carried out by threads of this process. Driver API 12.0 in what it covers.
+// The host form: every other entry point, carried out by threads of this process. Driver API 12.0 in what it covers.
 const DriverTable& host_table();
 // Adds a node that calls the function on the thread of the stream that runs the graph. What it throws fails the
 // launch: the stream skips what was enqueued after it until cuStreamSynchronize, cuEventSynchronize or cuEventQuery
@@ -93,6 +120,8 @@ public:
     ~Driver();
 
     const std::string& name() const { return name_; }  // "cuda" or "host"
+    std::string device_name() const;
+    int capability() const;                            // 86 for 8.6
     int version() const { return version_; }           // 1000 * major + 10 * minor, as the driver reports it
     bool is_host() const { return &table_ == &host_table(); }
     bool shares_context(const Driver& other) const { return context_ == other.context_; }

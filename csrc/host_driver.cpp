@@ -1,5 +1,7 @@
 #include "host_driver.hpp"
 
+#include <cstdio>
+
 namespace volcast {
 
 struct CUctx_st {};
@@ -23,6 +25,7 @@ constexpr Described errors[] = {
     {CUDA_ERROR_INVALID_CONTEXT, "CUDA_ERROR_INVALID_CONTEXT", "invalid device context"},
     {CUDA_ERROR_NOT_READY, "CUDA_ERROR_NOT_READY", "device not ready"},
     {CUDA_ERROR_LAUNCH_FAILED, "CUDA_ERROR_LAUNCH_FAILED", "unspecified launch failure"},
+    {CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "not while a stream captures"},
 };
 
 template <const char* Described::*field>
@@ -51,6 +54,10 @@ const DriverTable& host_table() {
             *device = ordinal;
             return ordinal == 0 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_DEVICE;
         };
+        made.cuDeviceGetName = [](char* name, int length, CUdevice) -> CUresult {
+            return std::snprintf(name, static_cast<std::size_t>(length), "host"), CUDA_SUCCESS;
+        };
+        made.cuDeviceGetAttribute = [](int* value, int, CUdevice) -> CUresult { return *value = 0, CUDA_SUCCESS; };
         made.cuDevicePrimaryCtxRetain = [](CUcontext* context, CUdevice) -> CUresult {
             *context = &the_context;
             return CUDA_SUCCESS;
@@ -64,6 +71,7 @@ const DriverTable& host_table() {
         };
         fill_streams(made);
         fill_graphs(made);
+        fill_memory(made);
         return made;
     }();
     return table;

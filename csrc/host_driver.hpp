@@ -10,6 +10,7 @@ namespace volcast {
 
 void fill_streams(DriverTable& table);
 void fill_graphs(DriverTable& table);
+void fill_memory(DriverTable& table);
 
 // Whether this thread has pushed a context: making streams and events needs one, as on a device.
 bool host_has_context();

@@ -87,7 +87,11 @@ CUresult graph_instantiate(CUgraphExec* exec, CUgraph graph, unsigned long long)
 }
 
 CUresult graph_launch(CUgraphExec exec, CUstream stream) {
-    return host_guarded([&] {
+    return host_guarded([&]() -> CUresult {
+        if (stream->capture != nullptr) {
+            stream->capture->nodes.push_back(std::make_unique<CUgraphNode_st>(CUgraphNode_st{exec->functions}));
+            return CUDA_SUCCESS;
+        }
         Task task;
         task.exec = exec->self;
         return stream->enqueue(std::move(task));
@@ -108,6 +112,15 @@ CUresult host_add_function(CUgraph graph, std::function<void()> function) {
         graph->nodes.push_back(std::make_unique<CUgraphNode_st>(CUgraphNode_st{{std::move(shared)}}));
         return CUDA_SUCCESS;
     });
+}
+
+CUresult CUstream_st::run(std::function<void()> function) {
+    if (capture != nullptr) return host_add_function(capture, std::move(function));
+    auto once = std::make_shared<CUgraphExec_st>();
+    once->functions.push_back(std::make_shared<const std::function<void()>>(std::move(function)));
+    Task task;
+    task.exec = std::move(once);
+    return enqueue(std::move(task));
 }
 
 void fill_graphs(DriverTable& table) {

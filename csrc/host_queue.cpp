@@ -68,6 +68,7 @@ void CUstream_st::start() {
 }
 
 CUresult CUstream_st::enqueue(Task task) {
+    if (capture != nullptr) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
     std::shared_ptr<Epoch> old;
     const std::lock_guard lock(mutex_);
     if (closed_) return CUDA_ERROR_DEINITIALIZED;

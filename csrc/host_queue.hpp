@@ -64,6 +64,9 @@ struct Task {  // what is set is done in this order
 struct CUstream_st : std::enable_shared_from_this<CUstream_st> {
     void start();
     CUresult enqueue(Task task);
+    // While `capture` is set, functions go into that graph instead of the queue. For the thread that captures.
+    CUgraph capture = nullptr;
+    CUresult run(std::function<void()> function);
     // Works the queue off and joins the thread; false on that thread itself, which cannot wait for its own end.
     bool finish();
     // From now on all streams skip the functions that they have not begun.

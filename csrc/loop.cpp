@@ -86,6 +86,14 @@ void advance(const Plan& plan, std::size_t step, Trajectory<T>& state, T* x, con
 }
 
 template <class T>
+void guide(double w, const T* uncond, const T* cond, T* guided, std::size_t size) {
+    for (std::size_t i = 0; i < size; ++i) {
+        const double u = uncond[i], c = cond[i];
+        guided[i] = static_cast<T>(u + w * (c - u));
+    }
+}
+
+template <class T>
 Timing run(const Plan& plan, const Batch<T>& batch, const std::optional<double>& guidance,
            const Network<T>& network, const std::function<void(std::size_t, std::size_t)>& after) {
     const auto start = Clock::now();
@@ -102,12 +110,7 @@ Timing run(const Plan& plan, const Batch<T>& batch, const std::optional<double>&
         network_s += seconds_since(before);
         return out;
     };
-    const auto mix = [&](const T* uncond, const T* cond) {
-        for (std::size_t i = 0; i < size; ++i) {
-            const double u = uncond[i], c = cond[i];
-            guided[i] = static_cast<T>(u + *guidance * (c - u));
-        }
-    };
+    const auto mix = [&](const T* uncond, const T* cond) { guide(*guidance, uncond, cond, guided.data(), size); };
     for (std::size_t step = 0; step < plan.rows.size(); ++step) {
         const T* out = nullptr;
         if (!guidance) {
@@ -135,6 +138,7 @@ Timing run(const Plan& plan, const Batch<T>& batch, const std::optional<double>&
 #define VOLCAST_INSTANTIATE(T)                                                            \
     template struct Trajectory<T>;                                                        \
     template void advance(const Plan&, std::size_t, Trajectory<T>&, T*, const T*);        \
+    template void guide(double, const T*, const T*, T*, std::size_t);                     \
     template Timing run(const Plan&, const Batch<T>&, const std::optional<double>&,     \
                         const Network<T>&, const std::function<void(std::size_t, std::size_t)>&);
 VOLCAST_INSTANTIATE(float)

@@ -24,6 +24,10 @@ struct Trajectory {
 template <class T>
 void advance(const Plan& plan, std::size_t step, Trajectory<T>& state, T* x, const T* out);
 
+// Classifier-free guidance, arXiv:2207.12598: u + w * (c - u), value by value.
+template <class T>
+void guide(double w, const T* uncond, const T* cond, T* guided, std::size_t size);
+
 enum class Branch { conditional, unconditional, both };
 
 template <class T>
@@ -44,7 +48,7 @@ struct Timing {
 template <class T>
 using Network = std::function<const T*(std::size_t step, const T* x, Branch branch)>;
 
-// The one loop. `guidance` w is classifier-free, arXiv:2207.12598: u + w * (c - u). `after(done, total)` is called
+// The one loop. `guidance` is `guide`'s w. `after(done, total)` is called
 // after each row. What it or the network throws stops the loop and leaves x after the last whole row; a non-finite
 // value stops it too, with x unspecified.
 template <class T>

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from tqdm import tqdm
 
+from volcast.runtime.engine_name import EngineName
 from volcast.runtime.spec import Precision
 
 BundlePath = Annotated[Path, typer.Argument(help="A MONAI bundle folder, or a config file.")]
@@ -63,9 +64,7 @@ def verify(
     bundle: Annotated[
         Path | None, typer.Argument(help="The bundle that it was exported from; left out: the bundled one.")
     ] = None,
-    engine: Annotated[
-        Literal["auto", "cuda", "openvino", "onnxruntime"], typer.Option(help="What runs the artifact.")
-    ] = "auto",
+    engine: Annotated[EngineName, typer.Option(help="What runs the artifact.")] = "auto",
     steps: Annotated[int | None, typer.Option(help="Denoising steps; left out: the bundle's.")] = None,
     seed: Annotated[int, typer.Option(help="Both samplers start from its noise.")] = 0,
     condition: Annotated[
@@ -106,96 +105,6 @@ def verify(
     print(json.dumps(found.as_dict()) if as_json else found.as_text())
     if not found.passed:
         raise typer.Exit(1)
-
-
-def build(
-    artifact: Annotated[
-        Path | None, typer.Argument(help="Folder of an artifact; left out: the bundled hippocampus model.")
-    ] = None,
-    target: Annotated[
-        Literal["cuda", "cubin"],
-        typer.Option(help="cuda: programs for --engine cuda; cubin: our kernels, compiled ahead of time."),
-    ] = ...,  # type: ignore[assignment]
-    sm: Annotated[
-        list[str],
-        typer.Option(help="cubin: compute capability of the device, 87 or 8.7 for Jetson Orin; repeatable."),
-    ] = [],  # noqa: B006
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="cubin: folder; left out: ARTIFACT/engines/cubin.")
-    ] = None,
-    precision: Annotated[
-        Precision, typer.Option(help="What the device computes on; sums are float32.")
-    ] = Precision.FP16,
-    batch: Annotated[int | None, typer.Option(help="cubin: samples a call; left out: 1.")] = None,
-    size: Annotated[
-        str | None, typer.Option(help="cubin: latent sizes, as 8,12,8; left out: the artifact's.")
-    ] = None,
-    force: Annotated[bool, typer.Option(help="Replace what was built before.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Prepare an artifact for GPUs that need not be here. Needs no GPU and no CUDA toolkit."""
-    from volcast.runtime.default_artifact import default_artifact
-
-    if target == "cuda":
-        if sm or batch is not None or size is not None or output is not None:
-            raise ValueError(
-                "[build] --sm, --batch, --size and --output are for --target cubin: device programs hold for every "
-                "GPU, batch and size, and lie in ARTIFACT/engines/cuda"
-            )
-        _build_cuda(default_artifact() if artifact is None else artifact, precision, force, as_json)
-        return
-    from volcast.runtime.sizes import parse_sizes
-
-    from .cubin_report import as_table
-    from .to_cubin import build_cubins
-
-    capabilities = [_capability(text) for text in sm]
-    latent = parse_sizes("build", size)
-    folder = default_artifact() if artifact is None else artifact
-    place = folder / "engines" / "cubin" if output is None else output
-    if place.exists() and not force:
-        raise ValueError(f"[build] {place} exists: remove it, choose another name, or pass --force")
-    with tqdm(desc="build", unit="cubin", file=sys.stderr, disable=None) as bar:
-
-        def on_cubin(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        manifest = build_cubins(
-            folder,
-            place,
-            capabilities,
-            precision=precision,
-            batch=1 if batch is None else batch,
-            size=latent,
-            replace=force,
-            progress=on_cubin,
-        )
-    print(manifest.model_dump_json() if as_json else as_table(manifest, place))
-
-
-def _build_cuda(artifact: Path, precision: Precision, force: bool, as_json: bool) -> None:
-    from .cuda_report import as_text
-    from .to_cuda import build_cuda
-
-    place = artifact / "engines" / "cuda"
-    if place.exists() and not force:
-        raise ValueError(f"[build] {place} exists: remove it, or pass --force")
-    with tqdm(desc="build", unit="program", file=sys.stderr, disable=None) as bar:
-
-        def on_program(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        built = build_cuda(artifact, precision=precision, replace=force, progress=on_program)
-    print(built.model_dump_json() if as_json else as_text(built, place))
-
-
-def _capability(text: str) -> int:
-    digits = text.removeprefix("sm_").replace(".", "")
-    if not (digits.isascii() and digits.isdecimal()):
-        raise ValueError(f"[build] --sm {text!r}: need a compute capability such as 87 or 8.7")
-    return int(digits)
 
 
 def _read(bundle: Path, config: Path | None, weights: list[str], settings: list[str]) -> Any:

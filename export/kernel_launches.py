@@ -9,6 +9,7 @@ from volcast.kernels.attention_triton import attention_launches
 from volcast.kernels.group_norm_triton import group_norm_launches
 from volcast.kernels.input_head_triton import input_head_launches
 from volcast.kernels.launch_triton import Launch
+from volcast.kernels.layer_norm_triton import layer_norm_launches
 from volcast.kernels.output_head_triton import output_head_launches
 from volcast.kernels.sampler_step_triton import sampler_step_launches
 from volcast.kernels.upsample_convolution_triton import upsample_convolution_launches
@@ -30,6 +31,11 @@ def use_launches(use: KernelUse, dtype: torch.dtype, capability: int) -> list[La
             x, weight, bias = _volume(shape, dtype), _flat(shape[1]), _flat(shape[1])
             groups, eps, activation = settings["groups"], settings["eps"], settings["activation"]
             return group_norm_launches(x, groups, weight, bias, eps, activation, None, None, None)[2]
+        case "layer_norm":
+            weight, bias = _flat(shape[2]), _flat(shape[2])
+            return layer_norm_launches(_flat(*shape, dtype=dtype), weight, bias, settings["eps"], None, None)[
+                2
+            ]
         case "output_head":
             x, scale, offset = _volume(shape, dtype), _flat(shape[1]), _flat(shape[1])
             weight, bias = _convolution(use, dtype)

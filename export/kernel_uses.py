@@ -1,7 +1,8 @@
 """Where an artifact's program can use the kernels of `kernels/`, read from its ONNX graph at fixed sizes.
 
 Only shapes are read; no weight is loaded. A norm takes the SiLU that follows it, an output convolution with few
-channels takes the norm before it.
+channels takes the norm before it. Elementwise chains are no uses: which operators are one chain, and which bias is part
+of it, is what the passes of a device program find, and no node of the graph stands for it.
 """
 
 from __future__ import annotations
@@ -118,6 +119,11 @@ def _match(
                     "activation": "silu" if graph.silu_of(node.output[0]) else "none",
                 },
             )  # fmt: skip
+        case "LayerNormalization":
+            x = graph.shape(node.input[0])
+            if len(x) == 3 and attributes.get("axis", -1) in (-1, 2):
+                settings = {"eps": round(attributes.get("epsilon", 1e-5), 12)}
+                return KernelUse(**place, operation="layer_norm", shapes={"x": x}, settings=settings)
         case "Conv":
             weight = graph.shape(node.input[1])
             if not _is_plain(attributes, weight):

@@ -20,6 +20,7 @@ from volcast.runtime.device.memory import shapes
 from volcast.runtime.device.program import PROGRAMS, WEIGHTS, DeviceProgram, DeviceProgramName, DevicePrograms
 from volcast.runtime.spec import ArtifactSpec, Precision, ProgramSpec
 
+from .device_passes.cast_constants import cast_constants, float32_values
 from .device_passes.fold_bias import fold_bias
 from .device_passes.fuse_attention import fuse_attention
 from .device_passes.fuse_heads import fuse_heads
@@ -31,15 +32,14 @@ from .draft import Draft
 from .lower import lower
 
 DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
-PASSES = (fuse_layout, fuse_attention, fuse_heads, fuse_norm, split_concat, fold_bias, fuse_pointwise)
+PASSES = (
+    fuse_layout, fuse_attention, fuse_heads, fuse_norm, split_concat, fold_bias, fuse_pointwise, cast_constants,
+)  # fmt: skip
 """In this order; each is exact up to rounding."""
 
 MATRICES = {"convolution": 1, "transposed_convolution": 1, "input_head": 1, "output_head": 3,
             "upsample_convolution": 1, "linear": 1, "matmul": None, "einsum": None, "concat": None}  # fmt: skip
 """The input of each kind that meets volumes or tokens in a product or copy, None for any; other weights are vectors."""
-
-KEEPING = {"columns", "concat", "expand", "linear", "pointwise", "reshape", "transpose"}
-"""Kinds whose output has the type of their inputs."""
 
 
 def build_cuda(
@@ -53,8 +53,9 @@ def build_cuda(
     """Write the device programs of `artifact` to `folder` (left out: `ARTIFACT/engines/cuda`) and return their list.
 
     Matrices and convolutions are stored in `precision`, vectors and what is computed from the schedule's row or the
-    request's constants alone stay float32. Raises ValueError for an operator without device operation, a weight too
-    large for `precision`, a folder that exists (and not `replace`) or holds something else.
+    request's constants alone stay float32; keys and values among them are cast where tokens attend to them. Raises
+    ValueError for an operator without device operation, a weight too large for `precision`, a folder that exists (and
+    not `replace`) or holds something else.
     """
     precision = Precision(precision)
     place = artifact / "engines" / "cuda" if folder is None else folder
@@ -97,7 +98,7 @@ def device_draft(path: Path) -> Draft:
 
 def stored_weights(draft: Draft, precision: Precision) -> dict[str, Tensor]:
     """The draft's weights in the types in which they are stored. Raises ValueError for one that overflows."""
-    wide = _float32_values(draft)
+    wide = float32_values(draft)
     dtypes: dict[str, set[torch.dtype]] = {name: set() for name in draft.weights}
     for one in draft.operations:
         keeps = one.outputs[0] in wide
@@ -121,16 +122,6 @@ def stored_weights(draft: Draft, precision: Precision) -> dict[str, Tensor]:
             )
         result[name] = stored
     return result
-
-
-def _float32_values(draft: Draft) -> set[str]:
-    """Vectors that the CPU computed, and what is computed from them alone."""
-    wide = {name for name in draft.inputs if len(draft.shapes[name]) <= 2}
-    for one in draft.operations:
-        read = [name for name in one.inputs if name is not None and name not in draft.weights]
-        if one.kind in KEEPING and all(name in wide for name in read):
-            wide |= set(one.outputs)
-    return wide
 
 
 def _check_place(place: Path, replace: bool) -> None:

@@ -62,6 +62,12 @@ def add_layer_norm(
     return (_triton if chosen is Impl.TRITON else _eager)(x, weight, bias, eps, shift, residual)
 
 
+def check_width(operation: str, channels: int) -> None:
+    """Raise ValueError for more channels than a program has registers for."""
+    if channels > WIDEST:
+        raise ValueError(f"[{operation}] {channels} channels: need at most {WIDEST}")
+
+
 def _eager(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, shift: Tensor | None, residual: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -96,8 +102,7 @@ def _check(
             raise ValueError(f"[{operation}] {name} has strides {tokens.stride()}: call .contiguous() on it")
         check_shape(operation, name, tokens, tuple(x.shape))
     n, _, channels = x.shape
-    if channels > WIDEST:
-        raise ValueError(f"[{operation}] {channels} channels: need at most {WIDEST}")
+    check_width(operation, channels)
     check_dtype(operation, x=x, residual=residual)
     check_parameter(operation, "weight", weight, (channels,), x)
     check_parameter(operation, "bias", bias, (channels,), x)

@@ -16,6 +16,7 @@ from torch import Tensor
 from .check import output_memory, sample_stride
 from .configuration import configuration
 from .launch_triton import Launch, kernel
+from .layer_norm import check_width
 
 
 @kernel
@@ -60,9 +61,10 @@ def layer_norm_launches(
     """(y, h, launches) for inputs that `layer_norm.py` has checked; h is x where nothing is added.
 
     y goes to `out`, h to `sum_out`: contiguous, as x, and each may be x or the residual itself. None is new memory, but
-    with `out` alone no sum is kept.
+    with `out` alone no sum is kept. Raises ValueError for too many channels.
     """
     n, length, channels = x.shape
+    check_width("layer_norm", channels)
     h = None
     if (shift is not None or residual is not None) and (out is None or sum_out is not None):
         h = output_memory("layer_norm", "sum_out", sum_out, tuple(x.shape), x)

@@ -129,7 +129,7 @@ class Batching:
         job: Job,
         sample: int,
         *,
-        turns: Turns = Turns(),  # noqa: B008  (frozen)
+        turns: Turns = Turns(),
         x0: NDArray[np.float32] | None = None,
         frame: tuple[NDArray[np.float64], tuple[float, ...]] | None = None,
         on_step: OnStep | None = None,
@@ -180,7 +180,7 @@ class Batching:
                     one = self._open[event.id]
                 try:
                     self._answer_one(event, one)
-                except BaseException as error:  # a callback's, or the decoder's: the sample's own, not the thread's
+                except Exception as error:  # noqa: BLE001  (a callback's, or the decoder's: it ends its own sample, not the thread)
                     self._batcher.cancel(event.id)
                     if not one.sampling.done():
                         one.sampling.set_exception(error)
@@ -208,7 +208,9 @@ class Batching:
         elif event.happened == _core.Happened.CANCELLED:
             sampling.set_exception(_cancelled(event))
         elif event.happened == _core.Happened.EXPIRED:
-            sampling.set_exception(Expired(f"[sample] after {event.step} of {event.steps} steps: {_ENDS[event.happened]}"))
+            sampling.set_exception(
+                Expired(f"[sample] after {event.step} of {event.steps} steps: {_ENDS[event.happened]}")
+            )
         else:
             sampling.set_exception(ValueError(event.text))
 

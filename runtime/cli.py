@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from .engine_name import EngineName
+
 if TYPE_CHECKING:
     from .request import Settings
     from .volume import Volume
@@ -50,9 +52,7 @@ def sample(
     image: Annotated[Path | None, typer.Option(help="NIfTI file to start from (image to image).")] = None,
     strength: Annotated[float, typer.Option(help="With --image: how far it is noised, up to 1.")] = 1.0,
     batch: Annotated[int, typer.Option(help="Samples a network call.")] = 1,
-    engine: Annotated[
-        Literal["auto", "cuda", "openvino", "onnxruntime"], typer.Option(help="What runs the networks.")
-    ] = "auto",
+    engine: Annotated[EngineName, typer.Option(help="What runs the networks.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Left out: one a physical core.")] = None,
     memory_limit: Annotated[
         str | None,
@@ -114,12 +114,17 @@ def sample(
 
 
 def info(artifact: Artifact = None, as_json: AsJson = False) -> None:
-    """Show an artifact: programs, nodes and FLOPs before and after, axes, conditions, provenance."""
+    """Show an artifact (or check a pack): programs, nodes and FLOPs before and after, axes, conditions, provenance."""
     from . import describe
     from .artifact import read_artifact
     from .default_artifact import default_artifact
+    from .pack import PACK, read_pack
 
     folder = artifact or default_artifact()
+    if (folder / PACK).is_file():
+        manifest = read_pack(folder)
+        typer.echo(manifest.model_dump_json() if as_json else manifest.as_text())
+        return
     spec = read_artifact(folder)
     typer.echo(json.dumps(describe.as_dict(spec, folder)) if as_json else describe.as_text(spec, folder))
 

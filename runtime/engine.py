@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 Arrays = Mapping[str, NDArray[np.generic]]
 
+ON_HOST = ("schedule", "prepare")
+"""Programs of a few vectors once a request, which engines for a device leave to the host."""
+
 
 class Program(ABC):
     """One opened program; its shapes are fixed. Not for two threads at once."""

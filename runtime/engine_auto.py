@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args
 
 from .engine import Engine
+from .engine_name import EngineName
+from .onnxruntime_provider import PROVIDERS
 from .sizes import parse_bytes
 
 INSTALL = {"openvino": "pip install 'volcast[openvino]'", "onnxruntime": "pip install onnxruntime"}
@@ -21,10 +24,11 @@ def open_engine(
     `threads` is 1..1024; None: the physical cores that this process may use. `memory_limit` is for "cuda" alone.
 
     Raises:
-        ValueError: an unknown or missing engine, `threads` or `memory_limit` out of range, no usable GPU for "cuda".
+        ValueError: an unknown or missing engine, `threads` or `memory_limit` out of range, no usable GPU or library for
+            "cuda", "tensorrt", "tensorrt-rtx".
     """
-    if name not in ("auto", "cuda", *INSTALL):
-        raise ValueError(f"[engine] engine={name!r}: need one of auto, cuda, {', '.join(INSTALL)}")
+    if name not in get_args(EngineName):
+        raise ValueError(f"[engine] engine={name!r}: need one of {', '.join(get_args(EngineName))}")
     if threads is not None and not 1 <= threads <= 1024:
         raise ValueError(f"[engine] threads={threads}: need 1..1024, or leave it out for one a physical core")
     limit = None if memory_limit is None else parse_bytes("engine", memory_limit)
@@ -32,12 +36,17 @@ def open_engine(
         return _cuda(limit)
     if limit is not None:
         raise ValueError(f"[engine] memory_limit={memory_limit}: only the engine cuda keeps one, not {name}")
+    if name == "tensorrt" or name == "tensorrt-rtx":
+        from .engine_tensorrt import TensorRtEngine
+
+        return TensorRtEngine(name)
     installed = [engine for engine in INSTALL if find_spec(engine) is not None]
     if name == "auto" and not installed:
         raise ValueError(f"[engine] none is installed; {INSTALL['openvino']}")
     chosen = installed[0] if name == "auto" else name
-    if chosen not in installed:
-        raise ValueError(f"[engine] {chosen} is not installed; {INSTALL[chosen]}")
+    needed = "onnxruntime" if chosen in PROVIDERS else chosen
+    if needed not in installed:
+        raise ValueError(f"[engine] {needed} is not installed; {INSTALL[needed]}")
     count = physical_cores() if threads is None else threads
     if chosen == "openvino":
         from .engine_openvino import OpenVinoEngine
@@ -45,7 +54,7 @@ def open_engine(
         return OpenVinoEngine(count)
     from .engine_onnxruntime import OnnxRuntimeEngine
 
-    return OnnxRuntimeEngine(count)
+    return OnnxRuntimeEngine(count, chosen)
 
 
 def _cuda(limit: int | None) -> Engine:

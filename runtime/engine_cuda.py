@@ -14,13 +14,11 @@ from .device.device import open_device
 from .device.model import DeviceModel
 from .device.run import DeviceRun
 from .device.sampling import DeviceSampler
-from .engine import Engine, Program
+from .engine import ON_HOST, Engine, Program
 from .engine_onnxruntime import OnnxRuntimeEngine
 from .programs import Programs
 from .sampling import Sampler
 from .spec import ArtifactSpec, ProgramSpec
-
-ON_HOST = ("schedule", "prepare")
 
 
 @final

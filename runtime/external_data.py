@@ -10,6 +10,8 @@ import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
+from .protobuf import bytes_fields
+
 # Field numbers of the messages that lead to a TensorProto, and the message each holds.
 _FIELDS = {
     "model": {7: "graph", 20: "training", 25: "function"},
@@ -46,44 +48,11 @@ def _locations(data: mmap.mmap, start: int, end: int, kind: str, depth: int) -> 
     if depth > _MAX_DEPTH:
         raise RecursionError
     if kind == "entry":
-        entry = {field: data[first:last] for field, first, last in _fields(data, start, end)}
+        entry = {field: data[first:last] for field, first, last in bytes_fields(data, start, end)}
         if entry.get(1) == b"location":
             yield entry.get(2, b"").decode()
         return
-    for field, first, last in _fields(data, start, end):
+    for field, first, last in bytes_fields(data, start, end):
         inner = _FIELDS[kind].get(field)
         if inner is not None:
             yield from _locations(data, first, last, inner, depth + 1)
-
-
-def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Field number and extent of every length-delimited field; others are skipped."""
-    while at < end:
-        tag, at = _varint(data, at, end)
-        wire = tag & 7
-        if wire == 0:
-            _, at = _varint(data, at, end)
-        elif wire == 1:
-            at += 8
-        elif wire == 5:
-            at += 4
-        elif wire == 2:
-            size, at = _varint(data, at, end)
-            if at + size > end:
-                raise IndexError
-            yield tag >> 3, at, at + size
-            at += size
-        else:
-            raise IndexError
-    if at != end:
-        raise IndexError
-
-
-def _varint(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:
-    value = 0
-    for place in range(at, min(at + 10, end)):
-        byte = data[place]
-        value |= (byte & 0x7F) << 7 * (place - at)
-        if byte < 0x80:
-            return value, place + 1
-    raise IndexError

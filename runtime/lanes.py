@@ -33,7 +33,11 @@ class LaneReport:
 
 
 def open_lanes(
-    programs: Programs, x: tuple[int, ...], row: int, inputs: Mapping[str, Array], counts: Sequence[int] = COUNTS
+    programs: Programs,
+    x: tuple[int, ...],
+    row: int,
+    inputs: Mapping[str, Array],
+    counts: Sequence[int] = COUNTS,
 ) -> tuple[list[Lane], list[LaneReport]]:
     """Open `step` at each of `counts` and keep those that are worth it; the first is 1.
 

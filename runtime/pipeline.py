@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from . import autoencoder
 from .artifact import read_artifact
+from .batching import Batching, Sampling, Turns
 from .default_artifact import default_artifact
 from .engine import Engine
 from .engine_auto import open_engine
-from .batching import Batching, Sampling, Turns
 from .job import Job, make_job
 from .programs import Programs
 from .request import OnStep, Settings, make_request
@@ -41,7 +41,7 @@ def load(
 
     Args:
         path: a folder that `volcast export` wrote; None: the bundled hippocampus model (`default_artifact`).
-        engine: "cuda", "onnxruntime", "openvino", "auto": the fastest CPU engine installed (`Model.engine` tells which),
+        engine: a name of `EngineName`, "auto" the fastest CPU engine installed (`Model.engine` tells which),
             or an engine of your own making.
         threads: 1..1024; None: one a physical core.
         memory_limit: bytes, or a text such as "2GiB", that the engine "cuda" may take on the device; a decode that does

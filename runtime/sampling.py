@@ -59,14 +59,65 @@ class Sampler(ABC):
         """
 
 
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What the loop of one batch begins with.
+
+    Attributes:
+        x: float32 `[N, C, D, H, W]`, the first latent; becomes the last one.
+        rows: float32 `[steps, R]`, what the network is shown of each row of the plan.
+        branches: the network's further inputs `[N, ...]`, of both branches with guidance.
+    """
+
+    plan: _core.Plan
+    x: NDArray[np.float32]
+    rows: NDArray[np.float32]
+    branches: Mapping[_core.Branch, Mapping[str, Array]]
+    seeds: NDArray[np.uint64]
+    samples: NDArray[np.uint64]
+    guidance: float | None
+
+
+class Loop(ABC):
+    """Carries out a plan on one batch."""
+
+    @abstractmethod
+    def run(self, start: Start, after: Callable[[int, int], None], shows: bool) -> float:
+        """Every row of the plan; the seconds within the network. `start.x` becomes the result.
+
+        `after(done, steps)` follows each row, and what it raises ends the loop; it may read `start.x` if `shows`.
+        """
+
+
+@final
+class HostLoop(Loop):
+    """On the host, in C++, with a network that an engine runs."""
+
+    def __init__(self, programs: Programs) -> None:
+        self._programs = programs
+
+    def run(self, start: Start, after: Callable[[int, int], None], shows: bool) -> float:
+        shapes = {name: value.shape for name, value in start.branches[_core.Branch.CONDITIONAL].items()}
+        row = (len(start.x), *start.rows.shape[1:])
+        step = self._programs.open("step", {"x": start.x.shape, "row": row, **shapes})
+        # Two calls a step with guidance: a doubled batch would open every program at another shape.
+        return _core.run(
+            start.plan, start.x, Denoiser(step, start.rows, start.branches), start.seeds, start.samples,
+            guidance=start.guidance, on_step=after,
+        ).network_s  # fmt: skip
+
+
 @final
 class HostSampler(Sampler):
-    """The C++ loop on the host, with a network that an engine runs."""
+    """Batch by batch, with programs that an engine runs. `loop`: left out, the one on the host."""
 
-    def __init__(self, spec: ArtifactSpec, engine: Engine, programs: Programs) -> None:
+    def __init__(
+        self, spec: ArtifactSpec, engine: Engine, programs: Programs, loop: Loop | None = None
+    ) -> None:
         self._spec = spec
         self._engine = engine
         self._programs = programs
+        self._loop = HostLoop(programs) if loop is None else loop
 
     def run(
         self, job: Job, parts: Sequence[range], x0: NDArray[np.float32] | None, watch: Watch
@@ -93,20 +144,19 @@ class HostSampler(Sampler):
         prepare_seconds = time.lap()
 
         seeds, samples, x = first_latent(job, part, x0)
-        shapes = {name: value.shape for name, value in branches[_core.Branch.CONDITIONAL].items()}
-        step = programs.open("step", {"x": x.shape, "row": (len(part), *rows.shape[1:]), **shapes})
-        denoiser = Denoiser(step, rows, branches)
+        shows = watch.on_preview is not None and watch.preview_every > 0
 
         def after(done: int, total: int) -> None:
             if on_step is not None:
                 on_step(done, total)
-            if watch.on_preview is not None and watch.preview_every and done % watch.preview_every == 0:
+            if watch.on_preview is not None and shows and done % watch.preview_every == 0:
                 watch.on_preview(done, decode(spec, programs, x))
 
-        # Two calls a step with guidance: a doubled batch would open every program at another shape.
-        timing = _core.run(
-            job.plan, x, denoiser, seeds, samples, guidance=job.request.guidance, on_step=after
-        )
+        start = Start(
+            plan=job.plan, x=x, rows=rows, branches=branches, seeds=seeds, samples=samples,
+            guidance=job.request.guidance,
+        )  # fmt: skip
+        network_seconds = self._loop.run(start, after, shows)
         loop_seconds = time.lap()
 
         images = decode(spec, programs, x)
@@ -121,7 +171,7 @@ class HostSampler(Sampler):
             schedule_seconds=schedule_seconds,
             prepare_seconds=prepare_seconds,
             loop_seconds=loop_seconds,
-            network_seconds=timing.network_s,
+            network_seconds=network_seconds,
             decode_seconds=decode_seconds,
             peak_bytes=memory.bytes(),
             peak_of_process=memory.since_start_of_process,

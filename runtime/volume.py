@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-import nibabel
 import numpy as np
 from numpy.typing import NDArray
 
@@ -56,6 +55,8 @@ class Volume:
         Raises:
             ValueError: another suffix, an unwritable folder, a full disk. No half-written file is left.
         """
+        import nibabel  # a seventh of what importing volcast would take
+
         path = check_nifti_path(path)
         data = self.channels[0] if self.channels.shape[0] == 1 else np.moveaxis(self.channels, 0, -1)
         image = nibabel.Nifti1Image(data, self.affine, dtype=np.float32)
@@ -67,19 +68,19 @@ class Volume:
             nibabel.save(image, temporary)
 
 
-_NIBABEL_ERRORS = (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError)
-
-
 def read_nifti(path: str | os.PathLike[str]) -> Volume:
     """The volume in a NIfTI file, `[i, j, k]`, scaled as its header says, with its affine.
 
     Raises:
         ValueError: no such file, no NIfTI, not three axes.
     """
+    import nibabel
+
+    unreadable = (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError)
     try:
         image: Any = nibabel.load(path)
         array = np.asarray(image.dataobj, dtype=np.float32)
-    except (OSError, ValueError, EOFError, OverflowError, zlib.error, *_NIBABEL_ERRORS) as error:
+    except (OSError, ValueError, EOFError, OverflowError, zlib.error, *unreadable) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"[volume] {os.fspath(path)}: cannot read it as NIfTI ({reason})") from error
     if array.ndim != 3:

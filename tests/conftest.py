@@ -7,10 +7,13 @@ m, `step` multiplies, `decode` averages the channels and doubles each axis.
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import json
 import os
 import signal
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +50,6 @@ def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
         return product(self, *wide, *rest)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", widened)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With pytest-xdist: one worker runs all tests of the default artifact, which is exported once."""
-    for item in items:
-        if "default_cache" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("default artifact"))
 
 
 STEPS, CHANNELS, VARIANCE = 1000, 2, 0.25
@@ -178,13 +174,9 @@ def generative_keys() -> Any:
     return rename
 
 
-@pytest.fixture
-def zoo_bundle(tmp_path: Path, generative_keys: Any) -> Any:
-    """`make(name, **settings) -> Bundle`: tests/configs/<name>, narrowed, with random weights in every parameter.
-
-    MONAI's fresh UNets return exactly 0, so weights are N(0, 0.05^2) and norm scales 1 + N(0, 0.05^2). `settings` are
-    ids with `__` for `#`. Bundles that their makers trained with GenerativeModels get its keys.
-    """
+@pytest.fixture(scope="session")
+def make_zoo_bundle(generative_keys: Any) -> Any:
+    """`make(root, name, **settings) -> Bundle`: see `zoo_bundle`; its files go under `root`."""
     import torch
 
     from volcast.export.bundle import read_bundle
@@ -192,14 +184,14 @@ def zoo_bundle(tmp_path: Path, generative_keys: Any) -> Any:
 
     configs = Path(__file__).parent / "configs"
 
-    def make(name: str, **settings: Any) -> Any:
+    def make(root: Path, name: str, **settings: Any) -> Any:
         narrow = json.loads((configs / "narrow.json").read_text())[name]
         narrow |= {key.replace("__", "#"): value for key, value in settings.items()}
         source = next(configs.glob(f"{name}.[jy]*"))
-        file = tmp_path / name / "configs" / f"inference{source.suffix}"
+        file = root / name / "configs" / f"inference{source.suffix}"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(source.read_bytes())
-        plan = plan_bundle(tmp_path / name, settings=narrow)
+        plan = plan_bundle(root / name, settings=narrow)
         generator = torch.Generator().manual_seed(0)
         for role, network in (("unet", plan.unet), ("autoencoder", plan.autoencoder)):
             if network is None:
@@ -214,21 +206,65 @@ def zoo_bundle(tmp_path: Path, generative_keys: Any) -> Any:
             path.parent.mkdir(exist_ok=True)
             content = generative_keys(state) if old else state
             torch.save({keys[0]: content, "scale_factor": torch.tensor(0.75)} if keys else content, path)
-        return read_bundle(tmp_path / name, settings=narrow)
+        return read_bundle(root / name, settings=narrow)
 
     return make
 
 
+@pytest.fixture
+def zoo_bundle(tmp_path: Path, make_zoo_bundle: Any) -> Any:
+    """`make(name, **settings) -> Bundle`: tests/configs/<name>, narrowed, with random weights in every parameter.
+
+    MONAI's fresh UNets return exactly 0, so weights are N(0, 0.05^2) and norm scales 1 + N(0, 0.05^2). `settings` are
+    ids with `__` for `#`. Bundles that their makers trained with GenerativeModels get its keys.
+    """
+    return functools.partial(make_zoo_bundle, tmp_path)
+
+
 @pytest.fixture(scope="session")
-def default_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`folder(name, make) -> Path`: what `make(folder)` writes there, made once for all of pytest-xdist's workers."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def folder(name: str, make: Callable[[Path], Any]) -> Path:
+        place = root / f"shared {name}"
+        with open(root / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not place.exists():
+                # A maker that fails leaves nothing that another worker would take for whole.
+                with tempfile.TemporaryDirectory(dir=root) as temporary:
+                    made = Path(temporary) / "made"
+                    make(made)
+                    made.rename(place)
+        return place
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def zoo_artifact(shared_folder: Any, make_zoo_bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`artifact(name) -> Path`: `zoo_bundle(name)` exported in float32, once a session. Copy it before a change."""
+    from volcast.export.artifact import export_bundle
+
+    def make(name: str, folder: Path) -> None:
+        export_bundle(make_zoo_bundle(tmp_path_factory.mktemp(name), name), folder)
+
+    return lambda name: shared_folder(f"artifact {name}", functools.partial(make, name))
+
+
+@pytest.fixture(scope="session")
+def default_cache(shared_folder: Any) -> Path:
     """A cache folder (XDG_CACHE_HOME) into which volcast itself has exported the bundled model, once a session."""
     from volcast.runtime.default_artifact import default_artifact
 
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder))
-        default_artifact()
-    yield folder
+    def make(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XDG_CACHE_HOME", str(folder))
+            default_artifact()
+
+    return shared_folder("cache", make)
 
 
 @pytest.fixture(scope="session")

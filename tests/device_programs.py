@@ -266,6 +266,11 @@ class RandomProgram:
         if x is not None and other is not None and self.channels(x) <= 16:
             self.add("concat", [x, other], {"axis": -1 if self.values[x].ndim == 3 else 1})
 
+    def add_cast(self) -> None:
+        like = self.pick(3, 4, 5)
+        if like is not None:
+            self.add("cast", [self.columns(self.random.choice(CHANNELS)), like], {})
+
     def add_columns(self) -> None:
         x = self.pick(3, 4, 5)
         if x is not None and self.channels(x) > 8:

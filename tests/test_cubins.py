@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
 
 from volcast.__main__ import app
@@ -48,10 +49,13 @@ def built(
 def test_the_bundled_model_s_kernels(built: Path, default_artifact_folder: Path) -> None:
     manifest = read_cubins(built)
     assert {use.operation for use in manifest.uses} == {
-        "group_norm", "attention", "input_head", "output_head", "upsample_convolution", "sampler_step",
-        "sampler_step_guided",
+        "group_norm", "layer_norm", "attention", "input_head", "output_head", "upsample_convolution",
+        "sampler_step", "sampler_step_guided",
     }  # fmt: skip
     assert all(use.launches["sm_87"] and use.left_out is None for use in manifest.uses)
+    graph = onnx.load(default_artifact_folder / "step.onnx", load_external_data=False).graph
+    norms = {node.output[0] for node in graph.node if node.op_type == "LayerNormalization"}
+    assert {use.node for use in manifest.uses if use.operation == "layer_norm"} == norms != set()
     launched = {launch.kernel for use in manifest.uses for launch in use.launches["sm_87"]}
     assert launched == manifest.kernels.keys()
     for kernel in manifest.kernels.values():

@@ -26,7 +26,7 @@ from volcast.runtime.device.program import DeviceProgram, Operation
 from volcast.runtime.spec import Precision
 
 CPU = torch.device("cpu")
-SEEDS = (195, 268, 360)  # their programs have every kind that has a fused form
+SEEDS = (171, 195, 579)  # their programs have every kind that has a fused form
 
 
 def executor(made: RandomProgram, device: torch.device = CPU, **more: Any) -> Executor:
@@ -52,7 +52,8 @@ def walk(bound: Executor, data: dict[str, Tensor]) -> None:
             assert operation.outputs[0] in sources
             (views[operation.outputs[0]],) = evaluate(operation, known)
             continue
-        numbers = 1 if operation.kind in ("reshape", "resize", "tokens", "volume", "columns") else len(known)
+        sizes_only = ("cast", "columns", "reshape", "resize", "tokens", "volume")
+        numbers = 1 if operation.kind in sizes_only else len(known)
         for x, value in zip(call.inputs[:numbers], known[:numbers], strict=True):
             assert (x is None) == (value is None)
             assert x is None or torch.equal(x, value)
@@ -128,7 +129,7 @@ def test_a_run_is_the_walk_and_gives_the_same_again() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_values_have_the_program_s_dtype(dtype: torch.dtype) -> None:
-    made = RandomProgram(5, 20, dtype=dtype)
+    made = RandomProgram(6, 20, dtype=dtype)
     bound = executor(made)
     walk(bound, made.data())
     assert {y.dtype for y in bound.outputs.values()} == {dtype}

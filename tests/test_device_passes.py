@@ -13,7 +13,6 @@ import torch
 from accuracy import assert_as_accurate
 from torch import Tensor, nn
 
-from volcast.export.artifact import export_bundle
 from volcast.export.draft import Draft
 from volcast.export.draft_run import run_draft
 from volcast.export.lower import lower
@@ -101,9 +100,9 @@ def test_the_bundled_model(default_artifact_folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ZOO)
-def test_the_zoo_s_models(zoo_bundle: Any, tmp_path: Path, name: str) -> None:
-    bundle = zoo_bundle(name)
-    spec = export_bundle(bundle, tmp_path / "artifact")
+def test_the_zoo_s_models(zoo_bundle: Any, zoo_artifact: Any, name: str) -> None:
+    bundle, folder = zoo_bundle(name), zoo_artifact(name)
+    spec = read_artifact(folder)
     networks = {"step": bundle.unet} | (
         {}
         if bundle.autoencoder is None
@@ -111,7 +110,7 @@ def test_the_zoo_s_models(zoo_bundle: Any, tmp_path: Path, name: str) -> None:
     )
     for part, network in networks.items():
         program = spec.programs[part]
-        path = tmp_path / "artifact" / program.file
+        path = folder / program.file
         draft = device_draft(path)
         check_numbers(path, spec, program, draft)
         check_norms(draft)

@@ -12,6 +12,9 @@ import torch
 import volcast
 from volcast.export.similarity import ms_ssim, relative_l2
 from volcast.export.to_cuda import build_cuda
+from volcast.runtime.artifact import read_artifact
+from volcast.runtime.device.decoding import Slabs, Whole, open_decoder
+from volcast.runtime.device.model import DeviceModel
 from volcast.runtime.engine_cuda import CudaEngine
 from volcast.runtime.pipeline import Model, load
 from volcast.runtime.spec import Precision
@@ -144,6 +147,15 @@ def test_a_memory_limit_decodes_in_slabs_with_the_whole_s_statistics(built: Path
         )
     with pytest.raises(ValueError, match="memory_limit"):
         load(built, CudaEngine(DEVICE, memory_limit=2**20)).sample(9, size=size, steps=2)
+
+
+def test_the_whole_is_decoded_where_it_just_fits(built: Path) -> None:
+    spec, model = read_artifact(built), DeviceModel(built, torch.device(DEVICE))
+    latent = (4, *SMALL)
+    whole = open_decoder(spec, model, latent, None)
+    assert isinstance(open_decoder(spec, model, latent, whole.bytes), Whole)
+    less = open_decoder(spec, model, latent, whole.bytes - 1)
+    assert isinstance(less, Slabs) and less.bytes < whole.bytes
 
 
 @pytest.mark.parametrize("precision", [Precision.FP16, Precision.BF16])

@@ -232,6 +232,12 @@ def test_bad_input_is_named(arguments: dict[str, Any], message: str) -> None:
         add_layer_norm(**{"x": X, "weight": P, "bias": P, "residual": X, **arguments})
 
 
+def test_launches_are_refused_for_channels_that_no_program_holds() -> None:
+    x, affine = torch.empty(1, 2, 4097, device="meta"), torch.empty(4097, device="meta")
+    with pytest.raises(ValueError, match=r"\[layer_norm\] 4097 channels: need at most 4096"):
+        layer_norm_launches(x, affine, affine, 1e-5, None, None)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_it_compiles_without_spills(capability: int) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from volcast.benchmarks import network_cases as cases
-from volcast.benchmarks import networks
+from volcast.benchmarks import network_counts, networks
 from volcast.benchmarks.network_counts import Counted
 from volcast.benchmarks.network_ours import VolcastWay, outside_percent
 from volcast.benchmarks.network_peers import MonaiWay
@@ -92,6 +92,16 @@ def test_counts_are_the_artifact_s_own(small: Path, batch: int) -> None:
     assert volume["operations"]["convolution"] == sum(
         times * one["operations"]["convolution"] for times, one in ((STEPS, step), (batch, decode))
     )
+
+
+def test_what_does_not_fit_is_decoded_in_slabs(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = Counted(small)
+    whole = counts.program("decode", LATENT, 1)
+    assert whole["slabs"] is None and whole["launches"] > 0
+    for limit, fits in ((whole["peak_bytes"], True), (whole["peak_bytes"] - 1, False)):
+        monkeypatch.setattr(network_counts, "LIMIT", limit)
+        found = counts.program("decode", LATENT, 1)
+        assert (found["slabs"] is None) == fits and found["peak_bytes"] <= limit
 
 
 def test_a_larger_latent_than_the_exported_one_is_counted(small: Path) -> None:
@@ -190,3 +200,4 @@ def test_the_committed_results_cover_every_part(results: list[dict[str, Any]]) -
     assert [(one["case"], one["part"], one["batch"]) for one in results] == wanted
     for one in results:
         assert one["flops"] > 0 and one["bytes"] > 0 and one["roofline_ms"] > 0
+        assert one["reach_bytes"] is None or one["peak_bytes"] <= one["reach_bytes"]

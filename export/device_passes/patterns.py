@@ -17,8 +17,8 @@ Shape = tuple[int, ...]
 EXAMPLE = (3, 320, 64, 128, 192)
 """A size for each free axis of an input: none 1, none equal, and halved six times over still whole."""
 
-SHAPE_ONLY = {"volume": 1, "reshape": 1, "resize": 1}
-"""Kinds of which the inputs from this place on give sizes; their numbers are not read."""
+SHAPE_ONLY = {"cast": 1, "volume": 1, "reshape": 1, "resize": 1}
+"""Kinds of which the inputs from this place on give sizes or a type; their numbers are not read."""
 
 
 def example_shapes(draft: Draft) -> dict[str, Shape]:
@@ -88,7 +88,7 @@ def depends_on(draft: Draft, name: str, value: str) -> bool:
 
 
 def reads_at(operation: Operation, name: str) -> list[int]:
-    """The places at which an operation reads the numbers of a value, those that give sizes left out."""
+    """The places at which an operation reads the numbers of a value, those that give sizes or a type left out."""
     places = [place for place, source in enumerate(operation.inputs) if source == name]
     return [place for place in places if place < SHAPE_ONLY.get(operation.kind, place + 1)]
 

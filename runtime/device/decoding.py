@@ -15,10 +15,11 @@ from volcast import _core
 from volcast.runtime.spec import ArtifactSpec
 
 from . import memory
-from .executor import Executor
+from .executor import Executor, besides, usual_impl
 from .graphs import Function, Graphs
 from .model import DeviceModel
 from .operations import evaluate
+from .order import plan_order
 from .slab_decode import SlabDecoder
 from .slab_plan import plan_slabs
 from .step_loop import StepLoop
@@ -44,20 +45,38 @@ class Decoder(ABC):
 
 @final
 class Whole(Decoder):
-    """The whole program at once, in one planned arena."""
+    """The whole program at once, in one planned arena, the image that leaves the device with it."""
 
     recorded = True
 
     def __init__(self, executor: Executor, scale: float) -> None:
+        """`executor`: with an arena as large as `image_place` says."""
         self._executor, self._scale = executor, scale
-        image = executor.outputs["image"]
-        self.shape = tuple(image.shape[1:])
-        self.bytes = executor.plan.bytes + 4 * image.numel()
+        spec = executor.specs["image"]
+        place, arena = image_place(executor.plan, spec)
+        self._image = memory.place(executor.arena, place, (spec[0], torch.float32))
+        self.shape = spec[0][1:]
+        self.bytes = arena + besides(executor.program, executor.weights, executor.specs, executor.impl)
 
     def __call__(self, latent: Tensor) -> Tensor:
         self._executor.inputs["z"].copy_(latent / self._scale)
         self._executor.run()
-        return self._executor.outputs["image"].float()
+        image = self._executor.outputs["image"]
+        if image.dtype != torch.float32:
+            self._image.copy_(image)
+        return self._image
+
+
+def image_place(plan: memory.MemoryPlan, image: memory.Spec) -> tuple[int, int]:
+    """(where the image in float32 begins, bytes of an arena that holds it too). When the program has run, nothing else
+    than its image is alive: the float32 one lies before it, or behind it."""
+    shape, dtype = image
+    begin = plan.offsets["image"]
+    if dtype == torch.float32:
+        return begin, plan.bytes
+    size = memory.size_of((shape, torch.float32))
+    place = 0 if size <= begin else memory.aligned(begin + memory.size_of(image))
+    return place, max(plan.bytes, place + size)
 
 
 @final
@@ -104,9 +123,10 @@ def open_decoder(
     model.check("decode", described)
     specs = memory.shapes(program, weights, described)
     image = specs["image"]
-    whole = memory.plan(program, specs).bytes + 4 * math.prod(image[0])
-    if limit is None or whole <= limit:
-        return Whole(Executor(program, weights, described, model.device), spec.scale_factor)
+    _, whole = image_place(plan_order(program, specs)[1], image)
+    if limit is None or whole + besides(program, weights, specs, usual_impl(model.device)) <= limit:
+        arena = torch.empty(whole, dtype=torch.uint8, device=model.device)
+        return Whole(Executor(program, weights, described, model.device, arena), spec.scale_factor)
     apply = evaluate
     if model.device.type == "cuda":
         from .slab_apply import FusedApply

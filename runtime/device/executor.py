@@ -12,8 +12,9 @@ from torch import Tensor
 from volcast.kernels.impl import Impl
 
 from . import memory
-from .memory import MemoryPlan, Spec
+from .memory import Spec
 from .operations import Values, evaluate
+from .order import plan_order
 from .program import DeviceProgram, Operation
 
 Form = Callable[[Operation, Values, list[Tensor]], None]
@@ -53,12 +54,13 @@ class Executor:
     """`program` for inputs of fixed shapes (`N ...`) and dtypes on one device.
 
     Write to `inputs`, call `run()`, read `outputs`: all are views into one arena, which several executors may share if
-    they take turns. An input that is not in `keep` may be overwritten by a run. `DeviceProgram.offsets` are not added
-    here: whoever fills the inputs adds them. `weights` lie on the device; those that a fused form wants otherwise are
-    copied (see `fused.pack`, which avoids a copy an executor).
+    they take turns. The order of `program` is `plan_order`'s, not the given one's. An input that is not in `keep` may be
+    overwritten by a run. `DeviceProgram.offsets` are not added here: whoever fills the inputs adds them. `weights` lie
+    on the device; those that a fused form wants otherwise are copied (see `fused.pack`, which avoids a copy an
+    executor).
 
     `per_sample`: first outputs of operations to run sample by sample (see `golden.find_variant`).
-    `impl`: None for the fused forms on a GPU and PyTorch's elsewhere.
+    `impl`: None for `usual_impl`.
 
     Raises ValueError for what the program cannot take, for an arena that is too small or elsewhere.
     """
@@ -75,8 +77,8 @@ class Executor:
         per_sample: frozenset[str] = frozenset(),
         impl: Impl | str | None = None,
     ) -> None:
-        self.program, self.device, self.per_sample = program, device, per_sample
-        self.impl = Impl(impl) if impl is not None else Impl.TRITON if device.type == "cuda" else Impl.EAGER
+        self.device, self.per_sample = device, per_sample
+        self.impl = usual_impl(device) if impl is None else Impl(impl)
         forms: Mapping[str, Form] = {}
         if self.impl is Impl.TRITON:
             from .fused import FORMS, pack
@@ -84,7 +86,7 @@ class Executor:
             forms, weights = FORMS, pack(program, weights)
         self.weights = {name: weights[name] for name in program.weights() if name in weights}
         self.specs = memory.shapes(program, self.weights, inputs)
-        self.plan: MemoryPlan = memory.plan(program, self.specs, keep)
+        self.program, self.plan = plan_order(program, self.specs, keep)
         self.arena = self._arena(arena)
         tensors = self._tensors()
         self.inputs = {name: tensors[name] for name in program.inputs}
@@ -93,7 +95,7 @@ class Executor:
         rows = _rows(program, self.weights, self.specs, self.batch)
         self.calls = tuple(
             self._call(operation, forms.get(operation.kind, eager), tensors, rows)
-            for operation in program.operations
+            for operation in self.program.operations
             if not memory.is_view(program, operation)
         )
         known = {call.operation.outputs[0]: call for call in self.calls}
@@ -113,18 +115,15 @@ class Executor:
                     call.at_once()
 
     def peak_bytes(self) -> int:
-        """What a run will need: the arena, the weights, and the most that one operation takes besides. cuDNN's own
-        workspace is not known before it runs, and not in it."""
-        if self.impl is Impl.TRITON:
-            from .fused import scratch_bytes
-
-            besides = [scratch_bytes(call.operation, call.inputs, call.outputs) for call in self.calls]
-        else:
-            besides = [sum(y.nbytes for y in call.outputs) for call in self.calls]
+        """What a run will need: the arena, the weights, and `besides`."""
         weights = {
             w.untyped_storage().data_ptr(): w.untyped_storage().nbytes() for w in self.weights.values()
         }
-        return self.plan.bytes + sum(weights.values()) + max(besides, default=0)
+        return (
+            self.plan.bytes
+            + sum(weights.values())
+            + besides(self.program, self.weights, self.specs, self.impl)
+        )
 
     def _arena(self, given: Tensor | None) -> Tensor:
         if given is None:
@@ -178,10 +177,38 @@ class Executor:
         )  # fmt: skip
 
 
+def usual_impl(device: torch.device) -> Impl:
+    """The fused forms on a GPU, PyTorch's elsewhere."""
+    return Impl.TRITON if device.type == "cuda" else Impl.EAGER
+
+
 def eager(operation: Operation, inputs: Values, outputs: list[Tensor]) -> None:
     """The form of any operation: its definition, then a copy."""
     for out, result in zip(outputs, evaluate(operation, inputs), strict=True):
         out.copy_(result)
+
+
+def besides(
+    program: DeviceProgram, weights: Mapping[str, Tensor], specs: Mapping[str, Spec], impl: Impl
+) -> int:
+    """Bytes that a run takes beside arena and weights: the most of one operation, which gives it back. cuDNN's own
+    workspace is not known before it runs, and not in it."""
+    tensors = {name: weights[name].to("meta") for name in program.weights()}
+    tensors |= {name: memory.empty(spec, "meta") for name, spec in specs.items()}
+    found = [0]
+    for operation in program.operations:
+        inputs = [None if name is None else tensors[name] for name in operation.inputs]
+        if memory.is_view(program, operation):
+            (tensors[operation.outputs[0]],) = evaluate(operation, inputs)
+            continue
+        outputs = [tensors[name] for name in operation.outputs]
+        if impl is Impl.TRITON:
+            from .fused import scratch_bytes
+
+            found.append(scratch_bytes(operation, inputs, outputs))
+        else:
+            found.append(sum(y.nbytes for y in outputs))
+    return max(found)
 
 
 def _rows(

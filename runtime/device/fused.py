@@ -67,7 +67,7 @@ def scratch_bytes(operation: Operation, inputs: Values, outputs: Sequence[Tensor
     written = [_described(y) for y in outputs]
     found = launches(operation, read, written)
     if found is None:
-        in_place = operation.kind in ("convolution", "linear", "concat")
+        in_place = operation.kind in ("cast", "concat", "convolution", "linear")
         return 0 if in_place else sum(y.numel() * y.itemsize for y in outputs)
     known = {x.untyped_storage()._cdata for x in [*read, *written] if x is not None}
     made = {
@@ -197,6 +197,12 @@ def _add(y: Tensor, bias: Tensor) -> None:
     run(pointwise_launches([y, bias], _ADD, [2], [y])[1], y.device)
 
 
+def cast(operation: Operation, inputs: Values, outputs: list[Tensor]) -> None:
+    x = inputs[0]
+    assert x is not None
+    outputs[0].copy_(x)
+
+
 def concat(operation: Operation, inputs: Values, outputs: list[Tensor]) -> None:
     torch.cat([x for x in inputs if x is not None], operation.settings["axis"], out=outputs[0])
 
@@ -306,6 +312,7 @@ def transposed_convolution(operation: Operation, inputs: Values, outputs: list[T
 FORMS: dict[str, Callable[[Operation, Values, list[Tensor]], None]] = {
     **dict.fromkeys(_LAUNCHES, run_launches),
     "attention": attention,
+    "cast": cast,
     "concat": concat,
     "convolution": convolution,
     "linear": linear,

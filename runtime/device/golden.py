@@ -24,7 +24,7 @@ ENOUGH = 4096
 """Results after which two algorithms that round differently are taken to have shown it."""
 MOST_DRAWS = 8
 
-_MOVES_ONLY = VIEWS | {"concat", "expand", "pad", "reshape", "transpose"}
+_MOVES_ONLY = VIEWS | {"cast", "concat", "expand", "pad", "reshape", "transpose"}
 _ROUNDING = {
     torch.float64: 2.0**-52, torch.float32: 2.0**-10, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7,
 }  # fmt: skip

@@ -2,7 +2,8 @@
 
 A value lives from the operation that makes it to the last one that reads it or a view of it; inputs from the start,
 outputs to the end. Values whose lives meet never share a byte. The packing is greedy, each buffer into the tightest
-gap that lasts for its life (Pisarchyk and Lee, arXiv:2001.03288), under several orders, of which the smallest counts.
+gap that lasts for its life (Pisarchyk and Lee, arXiv:2001.03288), under several orders, of which the smallest counts;
+each is tried again with the buffer first that came to lie highest.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ from .program import VIEWS, DeviceProgram, Operation
 ALIGNMENT = 256
 """Bytes. What cudaMalloc gives, so a value in an arena is aligned as one of its own would be."""
 
-SIZES_ONLY = VIEWS | {"reshape", "resize"}
-"""Kinds that read the sizes of their further inputs, not the numbers."""
+TRIES = 12
+"""Packings from one order of buffers on; a UNet's step took up to ten."""
+
+SIZES_ONLY = VIEWS | {"cast", "reshape", "resize"}
+"""Kinds that read the sizes or the type of their further inputs, not the numbers."""
 
 Spec = tuple[tuple[int, ...], torch.dtype]
 
@@ -118,28 +122,28 @@ def plan(program: DeviceProgram, specs: Mapping[str, Spec], keep: frozenset[str]
     unknown = keep - set(program.inputs)
     if unknown:
         raise ValueError(f"[device program] keep={min(unknown)}: need names of {', '.join(program.inputs)}")
-    views = _views(program)
+    within = views(program)
     start = dict.fromkeys(program.inputs, -1)
     end = dict(start)
     forever = len(program.operations)
     for place_, operation in enumerate(program.operations):
         for name in operation.outputs:
-            if name not in views:
+            if name not in within:
                 start[name] = end[name] = place_
         for name in read_values(program, operation):
-            base = views.get(name, name)
+            base = within.get(name, name)
             if base in end:
                 end[base] = place_
     for name in keep | set(program.outputs):
         end[name] = forever
-    in_place = _in_place(program, specs, views, end)
+    in_place = _in_place(program, specs, within, end)
     owner: dict[str, str] = {}
     for name in start:
         taken = in_place.get(name)
-        owner[name] = name if taken is None else owner[views.get(taken, taken)]
+        owner[name] = name if taken is None else owner[within.get(taken, taken)]
     last = {own: max(end[name] for name in start if owner[name] == own) for own in set(owner.values())}
     buffers = [
-        Buffer(name=name, bytes=_aligned(size_of(specs[name])), start=start[name], end=last[name])
+        Buffer(name=name, bytes=aligned(size_of(specs[name])), start=start[name], end=last[name])
         for name in start
         if owner[name] == name
     ]
@@ -147,7 +151,7 @@ def plan(program: DeviceProgram, specs: Mapping[str, Spec], keep: frozenset[str]
     return MemoryPlan(
         bytes=size,
         offsets={name: offsets[owner[name]] for name in start},
-        views=views,
+        views=within,
         in_place=in_place,
         live_bytes=live_bytes(buffers),
     )
@@ -161,7 +165,8 @@ def read_values(program: DeviceProgram, operation: Operation) -> list[str]:
     return [name for name in names if name is not None]
 
 
-def _views(program: DeviceProgram) -> dict[str, str]:
+def views(program: DeviceProgram) -> dict[str, str]:
+    """A view -> the value or weight in whose memory it lies."""
     found: dict[str, str] = {}
     for operation in program.operations:
         if is_view(program, operation):
@@ -172,30 +177,36 @@ def _views(program: DeviceProgram) -> dict[str, str]:
 
 
 def _in_place(
-    program: DeviceProgram, specs: Mapping[str, Spec], views: Mapping[str, str], end: Mapping[str, int]
+    program: DeviceProgram, specs: Mapping[str, Spec], within: Mapping[str, str], end: Mapping[str, int]
 ) -> dict[str, str]:
     found: dict[str, str] = {}
     for place_, operation in enumerate(program.operations):
-        candidates = _overwritable(operation)
-        read = [name for name in operation.inputs if name is not None]
-        if operation.kind == "pointwise":
-            read = list(dict.fromkeys(read))
-        bases = [views.get(name, name) for name in read]
-        free = []
-        for name in candidates:
-            base = views.get(name, name)
-            # A weight has no end. What is read under two names is read in another order as well.
-            alone = bases.count(base) == 1 and end.get(base) == place_
-            if alone and size_of(specs[base]) == size_of(specs[name]):
-                free.append(name)
-        for result in operation.outputs:
-            taken = next((name for name in free if specs[name] == specs[result]), None)
-            if taken is not None:
-                free.remove(taken)
-                found[result] = taken
-            if operation.kind == "group_norm":
-                break
+        taken = set[str]()
+        for result, sources in takeovers(operation, specs, within).items():
+            free = [name for name in sources if end[within.get(name, name)] == place_ and name not in taken]
+            if free:
+                taken.add(free[0])
+                found[result] = free[0]
     return found
+
+
+def takeovers(
+    operation: Operation, specs: Mapping[str, Spec], within: Mapping[str, str]
+) -> dict[str, list[str]]:
+    """Of each result: the inputs whose memory it may take over where the operation is their last reader, in the order
+    of preference. `within`: the program's `views`."""
+    read = [name for name in operation.inputs if name is not None]
+    if operation.kind == "pointwise":
+        read = list(dict.fromkeys(read))
+    bases = [within.get(name, name) for name in read]
+    candidates = []
+    for name in _overwritable(operation):
+        base = within.get(name, name)
+        # No weight; and what is read under two names is read in another order as well.
+        if base in specs and bases.count(base) == 1 and size_of(specs[base]) == size_of(specs[name]):
+            candidates.append(name)
+    results = operation.outputs[:1] if operation.kind == "group_norm" else operation.outputs
+    return {result: [name for name in candidates if specs[name] == specs[result]] for result in results}
 
 
 def _overwritable(operation: Operation) -> list[str]:
@@ -217,7 +228,8 @@ def _overwritable(operation: Operation) -> list[str]:
     return list(dict.fromkeys(name for name in named if name is not None))
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
+    """Bytes, a whole number of ALIGNMENT."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
@@ -243,11 +255,16 @@ def pack(buffers: list[Buffer]) -> tuple[int, dict[str, int]]:
         lambda b: (b.start, -b.bytes),
     ]
     least, best = live_bytes(buffers), (0, dict[str, int]())
-    for number, order in enumerate(orders):
-        found = _pack(sorted(buffers, key=lambda b: (*order(b), b.name)))
-        best = found if number == 0 or found[0] < best[0] else best
-        if best[0] == least:
-            break
+    for order in orders:
+        waiting = sorted(buffers, key=lambda b: (*order(b), b.name))
+        for _ in range(TRIES):
+            found = _pack(waiting)
+            best = found if not best[1] or found[0] < best[0] else best
+            if best[0] == least:
+                return best
+            # What came to lie highest found no room: it goes first.
+            highest = max(waiting, key=lambda b: found[1][b.name] + b.bytes)
+            waiting = [highest, *(b for b in waiting if b is not highest)]
     return best
 
 

@@ -15,6 +15,7 @@ Runs on any device and on `meta`, where it gives the shapes. The fused forms com
 | attention | q, k, v `N L H*D` | heads, scale |
 | pointwise | full or per-channel tensors | program (JSON), results |
 | concat | any | axis |
+| cast | x, a value of the wanted type | |
 | columns | volume, tokens or vectors | start, stop: channels |
 | tokens / volume | volume / tokens, a volume of the wanted sizes | |
 | reshape | x, further values that sizes refer to | sizes: number, 0 to keep, -1, or [input, axis] |
@@ -179,6 +180,7 @@ def _average_pool(i: list[Any], s: dict[str, Any]) -> list[Tensor]:
 _EVALUATE: dict[str, Callable[[list[Any], dict[str, Any]], list[Tensor]]] = {
     "attention": _attention,
     "average_pool": _average_pool,
+    "cast": lambda i, s: [i[0].to(i[1].dtype, copy=True)],
     "columns": _columns,
     "concat": lambda i, s: [torch.cat(i, s["axis"])],
     "convolution": _convolution,

@@ -22,9 +22,9 @@ WEIGHTS = "weights.safetensors"
 FORMAT = 1
 
 Kind = Literal[
-    "attention", "average_pool", "columns", "concat", "convolution", "einsum", "expand", "group_norm", "input_head",
-    "layer_norm", "linear", "matmul", "output_head", "pad", "pointwise", "reshape", "resize", "softmax", "tokens",
-    "transpose", "transposed_convolution", "upsample_convolution", "volume",
+    "attention", "average_pool", "cast", "columns", "concat", "convolution", "einsum", "expand", "group_norm",
+    "input_head", "layer_norm", "linear", "matmul", "output_head", "pad", "pointwise", "reshape", "resize",
+    "softmax", "tokens", "transpose", "transposed_convolution", "upsample_convolution", "volume",
 ]  # fmt: skip
 KINDS: frozenset[str] = frozenset(get_args(Kind))
 VIEWS: frozenset[str] = frozenset({"columns", "tokens", "volume"})

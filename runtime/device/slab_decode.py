@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from volcast.kernels.check import empty_channels_last
+from volcast.runtime.slab_schedule import Pass
 
 from .operations import dense, evaluate
-from .slab_pass import Apply, Pass, SlabStep, Source, compute, slab_steps
+from .slab_pass import Apply, SlabStep, Source, compute, slab_steps
 from .slab_plan import SlabPlan
 from .slabs import Rows, is_local
 from .statistics import RowMoments, center_and_scale

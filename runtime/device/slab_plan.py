@@ -1,29 +1,28 @@
 """How to run a program of volumes within a memory limit: which values are stored whole, and how tall slabs are.
 
-Stored values take memory; those that are not stored are made anew in every pass that reads them, and low slabs make
-more rows twice. The plan is the one of least work, found by trying, whose peak fits; the peak is a simulation of what
-the run allocates.
+The plan is the one of least work that `search` finds, whose peak fits; the peak is a simulation of what the run
+allocates.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
 
+from volcast.runtime.slab_schedule import Pass
+from volcast.runtime.slab_search import search
+
 from .cost import Described
 from .operations import evaluate
 from .program import DeviceProgram
-from .slab_pass import Apply, Pass
+from .slab_pass import Apply
 from .slab_program import SlabProgram, take_norms_apart
-from .slab_simulation import Outcome, Simulation
-
-_SMALL = 1 / 256
-"""Of the limit: whether such values are stored is not tried one by one."""
+from .slab_simulation import Simulation
 
 
 @final
@@ -66,17 +65,9 @@ def plan_slabs(
     simulation = Simulation(parts, weights, inputs, apply)
     forced = simulation.forced()
     levels, others = _candidates(parts, simulation, forced)
-    starts = []
-    for threshold in [*sorted({simulation.bytes(name) for name in levels}, reverse=True), 0]:
-        stored = frozenset(name for name in levels if simulation.bytes(name) <= threshold)
-        starts.append((simulation.run(forced | stored, limit_bytes), stored))
-    fitting = [start for start in starts if start[0].peak <= limit_bytes]
-    if not fitting:
-        raise ValueError(_too_small(limit_bytes, min(start[0].peak for start in starts), inputs))
-    large = [name for name in (*levels, *others) if simulation.bytes(name) > limit_bytes * _SMALL]
-    search = _Search(simulation, forced, limit_bytes)
-    found = [*fitting[:1], *search.smaller(*starts[0], large)]
-    best = min((search.better(*start, large) for start in found), key=lambda one: one.milliseconds)
+    best = search(simulation, frozenset(forced), levels, others, limit_bytes)
+    if best.peak > limit_bytes:
+        raise ValueError(_too_small(limit_bytes, best.peak, inputs))
     return SlabPlan(
         program=parts, inputs=inputs, passes=best.passes, shapes=simulation.shapes, dtypes=simulation.dtypes,
         peak_bytes=int(best.peak), milliseconds=best.milliseconds,
@@ -112,39 +103,3 @@ def _candidates(
     made = [name for operation in program.operations for name in operation.outputs if name not in forced]
     levels = tuple(name for name in made if name in parts or readers.get(name, 0) > 1)
     return levels, tuple(name for name in made if name in added and name not in levels)
-
-
-_Start = tuple[Outcome, frozenset[str]]
-"""A plan and what it stores."""
-
-
-@final
-@dataclass(frozen=True)
-class _Search:
-    """Of all ways to store one value more or one less, the best, again and again."""
-
-    simulation: Simulation
-    forced: set[str]
-    limit: int
-
-    def _others(self, stored: frozenset[str], names: Iterable[str]) -> list[_Start]:
-        sets = [stored ^ {name} for name in names]
-        return [(self.simulation.run(self.forced | one, self.limit), one) for one in sets]
-
-    def smaller(self, outcome: Outcome, stored: frozenset[str], names: Sequence[str]) -> list[_Start]:
-        """From much stored to a plan that fits; none where nothing is left to drop."""
-        while outcome.peak > self.limit:
-            others = self._others(stored, [name for name in names if name in stored])
-            if not others:
-                return []
-            outcome, stored = min(others, key=lambda one: (max(one[0].peak, self.limit), one[0].milliseconds))
-        return [(outcome, stored)]
-
-    def better(self, outcome: Outcome, stored: frozenset[str], names: Sequence[str]) -> Outcome:
-        """A plan that fits with less work, where one is near."""
-        while True:
-            fitting = [one for one in self._others(stored, names) if one[0].peak <= self.limit]
-            best = min(fitting, key=lambda one: one[0].milliseconds, default=None)
-            if best is None or best[0].milliseconds >= outcome.milliseconds * (1 - 1e-9):
-                return outcome
-            outcome, stored = best

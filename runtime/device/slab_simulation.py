@@ -10,11 +10,14 @@ from typing import final
 import torch
 from torch import Tensor
 
+from volcast.runtime.slab_schedule import Pass, heights, schedule
+from volcast.runtime.slab_search import Outcome
+
 from .allocations import Allocations
 from .cost import Described, program_cost, roofline_ms
 from .memory import empty
 from .operations import dense
-from .slab_pass import Apply, Pass, SlabStep, schedule, slab_steps
+from .slab_pass import Apply, SlabStep, slab_steps
 from .slab_program import Norm, SlabProgram
 from .slab_trace import Tracer
 from .slabs import is_local, local
@@ -22,16 +25,6 @@ from .statistics import RowMoments, center_and_scale
 
 MOST_ELEMENTS = 2**31
 """A tensor of a slab has fewer: cuDNN and many of PyTorch's kernels count in 32 bits. Stored values may have more."""
-
-
-@final
-@dataclass(frozen=True)
-class Outcome:
-    """`peak`: bytes, infinite where a tensor of a slab has too many elements at any height."""
-
-    passes: tuple[Pass, ...]
-    peak: float
-    milliseconds: float
 
 
 @final
@@ -132,11 +125,9 @@ class Simulation:
         return least
 
     def _heights(self, one: Pass) -> list[int]:
-        """The whole, then powers of two."""
         if not one.indices or one.indices[-1] in self._whole:
             return [0]
-        depth = self.shapes[self._operations[one.indices[-1]].outputs[0]][2]
-        return [0, *(2**k for k in reversed(range((depth - 1).bit_length())))]
+        return heights(self.shapes[self._operations[one.indices[-1]].outputs[0]][2])
 
     def _profile(self, one: Pass) -> _Profile:
         key = one.indices, one.height, one.stores, one.moments

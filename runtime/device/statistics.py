@@ -1,13 +1,4 @@
-"""Group statistics of a volume that is seen slab by slab.
-
-Every row (a plane of a volume, a line of an image) has its mean and variance taken about its own mean, in float32;
-they are merged in float64 and in the order of the rows, whatever the slabs were. All rows and channels have as many
-voxels, so the pairwise update of Chan, Golub, LeVeque (1983) is in closed form
-
-    mean = E[mean_r]        variance = E[variance_r] + E[(mean_r - mean)^2]
-
-which loses nothing where the mean is far larger than the deviation.
-"""
+"""Statistics of a volume's rows, slab by slab, and what a norm makes of them; `runtime/moments.py` merges them."""
 
 from __future__ import annotations
 
@@ -17,6 +8,8 @@ from typing import final
 
 import torch
 from torch import Tensor
+
+from volcast.runtime.moments import merged
 
 _BLOCK = 2**24
 """Elements that are widened to float32 at once, where a row is not larger."""
@@ -65,10 +58,8 @@ def center_and_scale(
     if shift is not None:
         added[:, : shift.shape[-1]] = shift
     means = means + added[..., None]
-    grouped, within = (m.reshape(len(m), groups, -1) for m in (means, variances))
-    mean = grouped.mean(-1, keepdim=True)
-    variance = within.mean(-1) + (grouped - mean).square().mean(-1)
+    mean, variance = merged(means, variances, groups)
     size = weight.shape[0] // groups
     deviation = (variance + eps).sqrt().repeat_interleave(size, 1)
-    center = mean[..., 0].repeat_interleave(size, 1) - added
+    center = mean.repeat_interleave(size, 1) - added
     return center.float(), (weight.double() / deviation).float()

@@ -12,10 +12,11 @@ from typer.core import TyperGroup
 
 COMMANDS = {
     "export": "volcast.export.cli",
-    "build": "volcast.export.cli",
+    "build": "volcast.export.build_cli",
     "sample": "volcast.runtime.cli",
     "verify": "volcast.export.cli",
     "info": "volcast.runtime.cli",
+    "pack": "volcast.export.pack_cli",
     "bench": "volcast.benchmarks.cli",
 }
 
@@ -68,7 +69,7 @@ def app(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except ModuleNotFoundError as error:
-        extras = {"export": "export", "build": "export,kernels", "verify": "export", "bench": "bench"}
+        extras = {"export": "export", "build": "export,kernels", "verify": "export", "bench": "bench", "pack": "export"}
         extra = extras.get(_command(arguments))
         if extra is None:
             raise

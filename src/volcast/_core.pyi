@@ -1,8 +1,8 @@
-"""The sampler core in C++: noise schedules, sampling plans, counter-based noise, the loops."""
+"""The sampler core in C++: noise schedules, sampling plans, counter-based noise, the loops, the batcher."""
 
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import Any, final
+from typing import Any, final, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -191,6 +191,11 @@ class Driver:
     @property
     def version(self) -> int:
         """The driver API's, 1000 * major + 10 * minor; the host form covers a part of 12.0."""
+    @property
+    def device_name(self) -> str: ...
+    @property
+    def capability(self) -> int:
+        """86 for compute capability 8.6; 0 for the host form."""
     def error(self, operation: str, code: int) -> DeviceError:
         """The error for a CUresult that another library met; cudaError_t has the same numbers."""
 
@@ -220,6 +225,88 @@ class Stream:
         """Work enqueued later waits for the event's last record; the caller does not block."""
     def synchronize(self) -> None:
         """Blocks, without Python's lock, until all that was enqueued is done."""
+    @overload
+    def copy(self, to: DeviceMemory, source: PinnedMemory) -> None: ...
+    @overload
+    def copy(self, to: PinnedMemory, source: DeviceMemory) -> None:
+        """Enqueues a copy of as many bytes as both have; keep both until it is done."""
+    def begin_capture(self) -> None:
+        """Until `end_capture`, this thread's work on the stream becomes a graph and does not run."""
+    def end_capture(self) -> CapturedGraph: ...
+
+@final
+class Kernel:
+    """One entry of a cubin, loaded into the device's context.
+
+    Raises:
+        ValueError: `image` is no cubin, or the driver is the host form.
+        DeviceError: the cubin is for another compute capability (CUDA_ERROR_NO_BINARY_FOR_GPU).
+    """
+
+    def __init__(
+        self, driver: Driver, image: bytes, entry: str, threads: int, shared_bytes: int
+    ) -> None: ...
+    def launch(self, stream: Stream, grid: tuple[int, int, int], arguments: bytes) -> None:
+        """Adds a launch to the stream's work. `arguments`: as the kernel's parameter space has them.
+
+        Keep this object and what the arguments point to until it is done.
+        """
+
+@final
+class DeviceMemory:
+    """Memory of the device; on the host form the process' own. Raises DeviceError where none is left."""
+
+    def __init__(self, driver: Driver, bytes: int) -> None: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+@final
+class PinnedMemory:
+    """Page-locked memory of the host, zero at first: a buffer of bytes, for `numpy.frombuffer`."""
+
+    def __init__(self, driver: Driver, bytes: int) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+@final
+class CapturedGraph:
+    """What a stream captured; for an `Executable`. Memory and kernels that it uses are not kept by it."""
+
+    @property
+    def handle(self) -> int: ...
+
+@final
+class LatentUpdate:
+    """A plan's update as a part of a stream's work, carried out by a thread of the driver's.
+
+    The arrays lie in page-locked memory that a captured step copies to and from the device: x `[N, ...]` and row
+    `[N, R]` are the network's input, outs its outputs `[N, ...]`: one, or for guidance the unconditional one and the
+    conditional one. All float32 and contiguous. Each call carries out one row of the plan, as `run` does, bit for bit.
+    """
+
+    def __init__(
+        self, x: NDArray[np.float32], row: NDArray[np.float32], outs: list[NDArray[np.float32]]
+    ) -> None: ...
+    def start(
+        self,
+        plan: Plan,
+        rows: NDArray[np.float32],
+        seeds: NDArray[np.uint64],
+        samples: NDArray[np.uint64],
+        guidance: float | None = None,
+    ) -> None:
+        """Begins a trajectory from what x holds. `rows` `[steps, R]`: what the network is shown. The stream is idle."""
+    def enqueue(self, stream: Stream) -> None:
+        """Adds the update of one row to the stream's work; keep this object until that is done."""
+    @property
+    def done(self) -> int:
+        """Rows carried out."""
+    @property
+    def failure(self) -> str:
+        """Why no further row is carried out, or ""."""
 
 @final
 class HostGraph:
@@ -281,3 +368,132 @@ def run_steps(
         ValueError: `steps` or `ahead` is below 1, or the preview arguments are not all or none.
         DeviceError: the driver failed. On the host form, what a function raised is raised instead.
     """
+
+class Overloaded(RuntimeError):
+    """The queue is full; a place should be free in `retry_s` seconds."""
+
+    retry_s: float
+
+class Happened(Enum):
+    """What became of a sample; the last four end it."""
+
+    PROGRESS = ...
+    PREVIEW = ...
+    FINISHED = ...
+    CANCELLED = ...
+    EXPIRED = ...
+    FAILED = ...
+
+@final
+class BatchEvent:
+    """`x`: float32 `[numel]` of a preview or a finished sample, else None; `text`: why a sample failed."""
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def happened(self) -> Happened: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def x(self) -> NDArray[np.float32] | None: ...
+
+@final
+class BatcherStats:
+    """Counts since the start. `entries`: branches of samples in network calls; `calls_of`: calls by batch size.
+
+    `network_s`: seconds in network calls; `busy_s`: those in turns, network included; `entry_s`: smoothed, an entry.
+    """
+
+    @property
+    def active(self) -> int: ...
+    @property
+    def queued(self) -> int: ...
+    @property
+    def submitted(self) -> int: ...
+    @property
+    def refused(self) -> int: ...
+    @property
+    def finished(self) -> int: ...
+    @property
+    def cancelled(self) -> int: ...
+    @property
+    def expired(self) -> int: ...
+    @property
+    def failed(self) -> int: ...
+    @property
+    def calls(self) -> int: ...
+    @property
+    def entries(self) -> int: ...
+    @property
+    def calls_of(self) -> dict[int, int]: ...
+    @property
+    def network_s(self) -> float: ...
+    @property
+    def busy_s(self) -> float: ...
+    @property
+    def entry_s(self) -> float: ...
+
+@final
+class Batcher:
+    """Step-level continuous batching: samples share network calls, join at the next step, leave when they are done.
+
+    `run` belongs to one thread; everything else is for any.
+    """
+
+    def __init__(self, *, active: int = 64, queue: int = 256) -> None:
+        """`active` samples take turns, `queue` more may wait for a place among them."""
+
+    def add_group(
+        self,
+        lanes: Sequence[
+            tuple[NDArray[Any], NDArray[Any], Sequence[NDArray[Any]], Callable[[], NDArray[Any]]]
+        ],
+    ) -> int:
+        """Samples that may share calls. Lanes (x `[B, ...]`, row `[B, R]`, further inputs, call), ascending B, first 1.
+
+        `call()` reads the arrays, which are filled before it, and returns float32 of x's size. Every lane must give a
+        sample the same bits.
+        """
+
+    def submit(
+        self,
+        group: int,
+        plan: Plan,
+        x: NDArray[np.float32],
+        rows: NDArray[np.float32],
+        conditional: Sequence[NDArray[Any]],
+        unconditional: Sequence[NDArray[Any]],
+        *,
+        seed: int,
+        sample: int,
+        guidance: float | None = None,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        preview_every: int = 0,
+    ) -> int:
+        """One sample's number. x: where the plan's first row begins; rows `[steps, R]`; the inputs of each branch.
+
+        Raises:
+            Overloaded: the queue is full.
+            ValueError: sizes that are not the group's, settings out of range, a closed batcher.
+        """
+
+    def cancel(self, id: int) -> bool:
+        """Whether the sample had not ended; then it ends before its next step."""
+
+    def run(self) -> None:
+        """Takes turns until `close`."""
+
+    def close(self, *, drain: bool) -> None:
+        """No more samples; those submitted are finished first (`drain`) or cancelled."""
+
+    def wait(self, timeout_s: float) -> list[BatchEvent]:
+        """Events in order; none after the timeout, or when all has ended."""
+
+    @property
+    def ended(self) -> bool: ...
+    def stats(self) -> BatcherStats: ...

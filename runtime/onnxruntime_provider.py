@@ -1,0 +1,63 @@
+"""ONNX Runtime's execution providers: what volcast calls them, how to get each, what it tells them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Literal, final
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Provider:
+    """One execution provider.
+
+    Attributes:
+        name: ONNX Runtime's.
+        device: the kind of device that it is used on.
+        plugin: the package that brings it to any ONNX Runtime (a plug-in provider); None: only builds of ONNX Runtime
+            that have it inside.
+        install: how to get it.
+        options: its settings, for results in float32.
+    """
+
+    name: str
+    device: Literal["CPU", "GPU"]
+    install: str
+    plugin: str | None = None
+    options: tuple[tuple[str, str], ...] = ()
+
+    def settings(self, threads: int) -> dict[str, str]:
+        """`options`, and for a provider on the CPU the threads inside an operator."""
+        if self.device == "GPU":
+            return dict(self.options)
+        # Without the hint OpenVINO computes in bfloat16 on processors that have it: 1e-2 off.
+        config = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1",
+                  "INFERENCE_NUM_THREADS": str(threads)}  # fmt: skip
+        return {**dict(self.options), "load_config": json.dumps({"CPU": config})}
+
+
+# Builds of ONNX Runtime share one module: two side by side overwrite each other's files.
+_GPU_BUILD = "pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'"
+
+PROVIDERS = {
+    "onnxruntime-cuda": Provider(
+        name="CUDAExecutionProvider", device="GPU", install=_GPU_BUILD, options=(("use_tf32", "0"),)
+    ),
+    "onnxruntime-tensorrt": Provider(
+        name="TensorrtExecutionProvider", device="GPU", install=f"{_GPU_BUILD} tensorrt"
+    ),
+    "onnxruntime-tensorrt-rtx": Provider(
+        name="NvTensorRTRTXExecutionProvider",
+        device="GPU",
+        install="pip install onnxruntime-ep-nv-tensorrt-rtx-cu13",
+        plugin="onnxruntime_ep_nv_tensorrt_rtx",
+    ),
+    "onnxruntime-openvino": Provider(
+        name="OpenVINOExecutionProvider",
+        device="CPU",
+        install="pip install onnxruntime-ep-openvino",
+        plugin="onnxruntime_ep_openvino",
+    ),
+}
+"""By the engine's name. The provider for the CPU is the engine "onnxruntime"."""
