@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack, final
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from . import autoencoder
 from .artifact import read_artifact
+from .batching import Batching, Sampling, Turns
 from .default_artifact import default_artifact
 from .engine import Engine
 from .engine_auto import open_engine
@@ -25,6 +27,8 @@ from .volume import Volume, centred_affine
 
 Condition = Mapping[str, Any]
 OnPreview = Callable[[int, Images], None]
+Frame = tuple[NDArray[np.float64], tuple[float, ...]]
+"""Affine and voxel sizes."""
 
 
 def load(
@@ -63,8 +67,25 @@ class Model:
     def __init__(self, folder: Path, spec: ArtifactSpec, engine: Engine) -> None:
         self.spec = spec
         self.engine = engine
+        self._folder = folder
         self._programs = Programs(folder, spec, engine)
         self._sampler = engine.sampler(folder, spec, self._programs)
+        self._batching: Batching | None = None
+        self._closed = False
+        self._starting = threading.Lock()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self, *, drain: bool = False) -> None:
+        """End what `submit` started: finish the samples under way (`drain`) or cancel them."""
+        with self._starting:
+            self._closed = True
+        if self._batching is not None:
+            self._batching.close(drain=drain)
 
     def sample(
         self,
@@ -118,28 +139,48 @@ class Model:
             ValueError: anything out of range, before any work (with an image: before the first step); while sampling,
                 values that are not finite.
         """
-        request = make_request(self.spec, seed, settings)
-        if image is None and request.strength != 1:
-            raise ValueError(
-                f"[sample] strength={request.strength} without an image: give one, or leave it out"
-            )
-        x0 = None
-        if image is not None:
-            z = self.encode(image)
-            if z.shape[0] != 1:
-                raise ValueError(f"[sample] image holds {z.shape[0]} images: give one")
-            if size is not None and tuple(size) != z.shape[2:]:
-                raise ValueError(
-                    f"[sample] size={tuple(size)}: the image's latent is {z.shape[2:]}; leave size out"
-                )
-            x0, size = z[0], z.shape[2:]
-        job = make_job(self.spec, request, n, batch, condition, size)
-        frame = (image.affine, image.spacing_mm) if isinstance(image, Volume) else None
-        every = whole(preview_every)
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"[sample] preview_every={preview_every!r}: need 1 or more steps")
-        watch = Watch(on_step=on_step, on_preview=on_preview, preview_every=every if on_preview else 0)
+        job, x0, frame = self._job(seed, n, batch, condition, size, image, settings)
+        every = self._every(preview_every) if on_preview is not None else 0
+        watch = Watch(on_step=on_step, on_preview=on_preview, preview_every=every)
         return self._run(job, n, batch, x0, frame, watch)
+
+    def submit(
+        self,
+        seed: int = 0,
+        *,
+        sample: int = 0,
+        condition: Condition | None = None,
+        size: Sequence[int] | None = None,
+        image: Volume | NDArray[np.generic] | None = None,
+        turns: Turns = Turns(),  # noqa: B008  (frozen)
+        on_step: OnStep | None = None,
+        on_preview: OnPreview | None = None,
+        preview_every: int = 10,
+        **settings: Unpack[Settings],
+    ) -> Sampling:
+        """A future of sample number `sample` of what `sample_many` makes of the other arguments, the same bits.
+
+        Samples that are under way share the network's calls step by step (csrc/batcher.hpp); `turns` says how. Safe
+        from any thread, beside one that samples. Callbacks run on a thread of their own. End it all with `close`.
+
+        Raises:
+            ValueError: anything out of range, before any work; `_core.Overloaded`: too many wait.
+        """
+        number = whole(sample)
+        if not isinstance(number, int) or not 0 <= number < 1_000_000:
+            raise ValueError(f"[sample] sample={sample!r}: need 0..999999")
+        with self._starting:
+            if self._closed:
+                raise ValueError("[sample] the model is closed; load it again")
+            if self._batching is None:
+                self._batching = Batching(self._folder, self.spec, self.engine)
+            batching = self._batching
+            # `encode` shares programs with `sample`: only here from several threads.
+            job, x0, frame = self._job(seed, number + 1, 1, condition, size, image, settings)
+        every = self._every(preview_every) if on_preview is not None else 0
+        return batching.submit(
+            job, number, turns=turns, x0=x0, frame=frame, on_step=on_step, on_preview=on_preview, preview_every=every
+        )  # fmt: skip
 
     def decode(self, z: NDArray[np.generic]) -> NDArray[np.float32]:
         """Images `[N, 1, D, H, W]` of latents `z` `[N, C, D', H', W']` or `[C, D', H', W']` as the loop yields them.
@@ -157,13 +198,42 @@ class Model:
         array = image.array if isinstance(image, Volume) else image
         return autoencoder.encode(self.spec, self._programs, array)
 
+    def _job(
+        self, seed: int, n: int, batch: int, condition: Condition | Sequence[Condition] | None,
+        size: Sequence[int] | None, image: Volume | NDArray[np.generic] | None, settings: Settings,
+    ) -> tuple[Job, NDArray[np.float32] | None, Frame | None]:  # fmt: skip
+        """The job, the latent to start from, and the frame of the image that it is of."""
+        request = make_request(self.spec, seed, settings)
+        if image is None and request.strength != 1:
+            raise ValueError(
+                f"[sample] strength={request.strength} without an image: give one, or leave it out"
+            )
+        x0 = None
+        if image is not None:
+            z = self.encode(image)
+            if z.shape[0] != 1:
+                raise ValueError(f"[sample] image holds {z.shape[0]} images: give one")
+            if size is not None and tuple(size) != z.shape[2:]:
+                raise ValueError(
+                    f"[sample] size={tuple(size)}: the image's latent is {z.shape[2:]}; leave size out"
+                )
+            x0, size = z[0], z.shape[2:]
+        job = make_job(self.spec, request, n, batch, condition, size)
+        return job, x0, (image.affine, image.spacing_mm) if isinstance(image, Volume) else None
+
+    def _every(self, preview_every: int) -> int:
+        every = whole(preview_every)
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"[sample] preview_every={preview_every!r}: need 1 or more steps")
+        return every
+
     def _run(
         self,
         job: Job,
         n: int,
         batch: int,
         x0: NDArray[np.float32] | None,
-        frame: tuple[NDArray[np.float64], tuple[float, ...]] | None,
+        frame: Frame | None,
         watch: Watch,
     ) -> Iterator[Volume]:
         parts = [range(first, min(first + batch, n)) for first in range(0, n, batch)]

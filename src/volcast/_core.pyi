@@ -1,4 +1,4 @@
-"""The sampler core in C++: noise schedules, sampling plans, counter-based noise, the loops."""
+"""The sampler core in C++: noise schedules, sampling plans, counter-based noise, the loops, the batcher."""
 
 from collections.abc import Callable, Sequence
 from enum import Enum
@@ -368,3 +368,132 @@ def run_steps(
         ValueError: `steps` or `ahead` is below 1, or the preview arguments are not all or none.
         DeviceError: the driver failed. On the host form, what a function raised is raised instead.
     """
+
+class Overloaded(RuntimeError):
+    """The queue is full; a place should be free in `retry_s` seconds."""
+
+    retry_s: float
+
+class Happened(Enum):
+    """What became of a sample; the last four end it."""
+
+    PROGRESS = ...
+    PREVIEW = ...
+    FINISHED = ...
+    CANCELLED = ...
+    EXPIRED = ...
+    FAILED = ...
+
+@final
+class BatchEvent:
+    """`x`: float32 `[numel]` of a preview or a finished sample, else None; `text`: why a sample failed."""
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def happened(self) -> Happened: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def x(self) -> NDArray[np.float32] | None: ...
+
+@final
+class BatcherStats:
+    """Counts since the start. `entries`: branches of samples in network calls; `calls_of`: calls by batch size.
+
+    `network_s`: seconds in network calls; `busy_s`: those in turns, network included; `entry_s`: smoothed, an entry.
+    """
+
+    @property
+    def active(self) -> int: ...
+    @property
+    def queued(self) -> int: ...
+    @property
+    def submitted(self) -> int: ...
+    @property
+    def refused(self) -> int: ...
+    @property
+    def finished(self) -> int: ...
+    @property
+    def cancelled(self) -> int: ...
+    @property
+    def expired(self) -> int: ...
+    @property
+    def failed(self) -> int: ...
+    @property
+    def calls(self) -> int: ...
+    @property
+    def entries(self) -> int: ...
+    @property
+    def calls_of(self) -> dict[int, int]: ...
+    @property
+    def network_s(self) -> float: ...
+    @property
+    def busy_s(self) -> float: ...
+    @property
+    def entry_s(self) -> float: ...
+
+@final
+class Batcher:
+    """Step-level continuous batching: samples share network calls, join at the next step, leave when they are done.
+
+    `run` belongs to one thread; everything else is for any.
+    """
+
+    def __init__(self, *, active: int = 64, queue: int = 256) -> None:
+        """`active` samples take turns, `queue` more may wait for a place among them."""
+
+    def add_group(
+        self,
+        lanes: Sequence[
+            tuple[NDArray[Any], NDArray[Any], Sequence[NDArray[Any]], Callable[[], NDArray[Any]]]
+        ],
+    ) -> int:
+        """Samples that may share calls. Lanes (x `[B, ...]`, row `[B, R]`, further inputs, call), ascending B, first 1.
+
+        `call()` reads the arrays, which are filled before it, and returns float32 of x's size. Every lane must give a
+        sample the same bits.
+        """
+
+    def submit(
+        self,
+        group: int,
+        plan: Plan,
+        x: NDArray[np.float32],
+        rows: NDArray[np.float32],
+        conditional: Sequence[NDArray[Any]],
+        unconditional: Sequence[NDArray[Any]],
+        *,
+        seed: int,
+        sample: int,
+        guidance: float | None = None,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        preview_every: int = 0,
+    ) -> int:
+        """One sample's number. x: where the plan's first row begins; rows `[steps, R]`; the inputs of each branch.
+
+        Raises:
+            Overloaded: the queue is full.
+            ValueError: sizes that are not the group's, settings out of range, a closed batcher.
+        """
+
+    def cancel(self, id: int) -> bool:
+        """Whether the sample had not ended; then it ends before its next step."""
+
+    def run(self) -> None:
+        """Takes turns until `close`."""
+
+    def close(self, *, drain: bool) -> None:
+        """No more samples; those submitted are finished first (`drain`) or cancelled."""
+
+    def wait(self, timeout_s: float) -> list[BatchEvent]:
+        """Events in order; none after the timeout, or when all has ended."""
+
+    @property
+    def ended(self) -> bool: ...
+    def stats(self) -> BatcherStats: ...
