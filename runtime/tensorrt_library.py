@@ -185,16 +185,17 @@ def open_library(target: Target) -> Library:
             module = import_module(name)
             break
         except ImportError as error:
-            reason = "" if isinstance(error, ModuleNotFoundError) and error.name == name else f" ({error})"
+            if not (isinstance(error, ModuleNotFoundError) and error.name == name):
+                reason = f" ({' '.join(str(error).split())})"
     if module is None:
-        raise ValueError(f"[{target}] it is not installed{' '.join(reason.split(None))}; {INSTALL[target]}")
-    library = (TensorRt if target == "tensorrt" else TensorRtRtx)(module)
-    if tuple(map(int, library.version.split(".")[:2])) < OLDEST[target]:
+        raise ValueError(f"[{target}] it is not installed{reason}; {INSTALL[target]}")
+    version = str(module.__version__)
+    if tuple(map(int, version.split(".")[:2])) < OLDEST[target]:
         wanted = ".".join(map(str, OLDEST[target]))
         raise ValueError(
-            f"[{target}] version {library.version} is too old: need {wanted} or newer; {INSTALL[target]}"
+            f"[{target}] version {version} is too old: need {wanted} or newer; {INSTALL[target]}"
         )
-    return library
+    return (TensorRt if target == "tensorrt" else TensorRtRtx)(module)
 
 
 def _keep(content: Any, path: Path) -> None:

@@ -64,11 +64,6 @@ class TensorRtModel:
         self.folder, self.plans = find_plans(artifact, host)
         self._engines: dict[str, tuple[Any, Any]] = {}
 
-    def largest(self, name: ProgramName, axis: str) -> int | None:
-        """The largest size that a program's plan takes along an axis; None: it has no such axis, or no plan."""
-        plan = self.plans.programs.get(name)
-        return plan.ranges[axis].maximum if plan is not None and axis in plan.ranges else None
-
     def network(self, path: Path, program: ProgramSpec, sizes: Mapping[str, int]) -> TensorRtNetwork:
         """The program of the ONNX file at `path` at these sizes.
 
