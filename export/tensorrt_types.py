@@ -104,7 +104,7 @@ class _Typing:
             (old,) = node.outputs
             product = onnx_ir.node("MatMul", [left, right])
             (new,) = product.outputs
-            new.shape, new.dtype, new.name = old.shape, old.dtype, old.name
+            new.shape, new.type, new.name = old.shape, old.type, old.name
             old.name = f"{new.name}.einsum"
             self._graph.insert_before(node, product)
             old.replace_all_uses_with(new, replace_graph_outputs=True)

@@ -39,7 +39,7 @@ def open_engine(
     if name == "tensorrt" or name == "tensorrt-rtx":
         from .engine_tensorrt import TensorRtEngine
 
-        return TensorRtEngine(name)
+        return TensorRtEngine("tensorrt" if name == "tensorrt" else "tensorrt-rtx")
     installed = [engine for engine in INSTALL if find_spec(engine) is not None]
     if name == "auto" and not installed:
         raise ValueError(f"[engine] none is installed; {INSTALL['openvino']}")
