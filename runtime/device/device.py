@@ -40,23 +40,43 @@ class Device:
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """Turn a device's failures into one line with the remedy (ValueError). Memory is given back; a lost context
-        cannot be: the process lives on, and says so at every request."""
+        """Turn a device's failures into one line with the remedy (ValueError). Memory is given back.
+
+        A lost context cannot be: what PyTorch, cuDNN and the compiled kernels hold dies with it, and no call of the
+        driver brings it back to them. The process lives on and says so at every request; a new one has the GPU again.
+        """
         if self._lost is not None:
             raise ValueError(self._lost)
         try:
             yield
-        except torch.OutOfMemoryError as error:
-            if self.torch.type == "cuda":
-                torch.cuda.empty_cache()
-            raise ValueError(
-                f"[cuda] out of memory: {_line(error)}; give a smaller size or batch, or --memory-limit"
-            ) from error
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise self._out_of_memory(error) from error
         except _core.DeviceError as error:
             raise self._failed(error) from error
         except torch.AcceleratorError as error:
             code = getattr(error, "error_code", UNKNOWN)
             raise self._failed(self.graphs.driver.error("PyTorch", code)) from error
+        except RuntimeError as error:
+            # What PyTorch's allocator on a CPU, its libraries and Triton raise; subclasses are a caller's own.
+            if type(error) is RuntimeError:
+                self._check_context(error)
+                if "alloc" in str(error).lower() or "out of memory" in str(error).lower():
+                    raise self._out_of_memory(error) from error
+            raise
+
+    def _check_context(self, error: RuntimeError) -> None:
+        """Raise ValueError where the context is lost: libraries say it in their own words."""
+        try:
+            self.graphs.stream().synchronize()
+        except _core.DeviceError as found:
+            raise self._failed(found) from error
+
+    def _out_of_memory(self, error: BaseException) -> ValueError:
+        if self.torch.type == "cuda":
+            torch.cuda.empty_cache()
+        return ValueError(
+            f"[cuda] out of memory: {_line(error)}; give a smaller size or batch, or --memory-limit"
+        )
 
     def _failed(self, error: _core.DeviceError) -> ValueError:
         if error.lost:
@@ -66,20 +86,27 @@ class Device:
 
 def open_device(name: str) -> Device:
     """The device `cuda`, `cuda:1` or `cpu`. Raises ValueError where there is no such GPU or it is too old."""
-    device = torch.device(name)
+    needed = f"[cuda] device={name!r}: need cuda, cuda:0 .. or cpu"
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(needed) from error
     if device.type == "cpu":
         return Device(device, HostGraphs())
     if device.type != "cuda":
-        raise ValueError(f"[cuda] device={name!r}: need cuda, cuda:0 .. or cpu")
+        raise ValueError(needed)
     if torch.version.cuda is None:
         raise ValueError(f"[cuda] PyTorch {torch.__version__} was built without CUDA; {INSTALL}")
     if not torch.cuda.is_available():
         raise ValueError("[cuda] no NVIDIA GPU or driver; run `nvidia-smi`, or use --engine auto")
-    index = torch.cuda.current_device() if device.index is None else device.index
-    if index >= torch.cuda.device_count():
-        raise ValueError(f"[cuda] device={name!r}: this machine has {torch.cuda.device_count()} GPUs")
-    device = torch.device("cuda", index)
-    capability = torch.cuda.get_device_capability(device)
+    try:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise ValueError(f"[cuda] device={name!r}: this machine has {torch.cuda.device_count()} GPUs")
+        device = torch.device("cuda", index)
+        capability = torch.cuda.get_device_capability(device)
+    except RuntimeError as error:  # a driver that is too old, a GPU that another process has for itself
+        raise ValueError(f"[cuda] device={name!r}: {_line(error)}; see what `nvidia-smi` says") from error
     if capability < OLDEST:
         raise ValueError(
             f"[cuda] {torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}: "
