@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import final
+from weakref import WeakValueDictionary
 
+from .atomic import sha256
 from .device.device import open_device
 from .device.model import DeviceModel
+from .device.program import PROGRAMS
 from .device.run import DeviceRun
 from .device.sampling import DeviceSampler
 from .engine import ON_HOST, Engine, Program
@@ -39,7 +42,7 @@ class CudaEngine(Engine):
         self._device = open_device(device)
         self._limit = memory_limit
         self._host = OnnxRuntimeEngine(self.threads)
-        self._models: dict[Path, DeviceModel] = {}
+        self._models: WeakValueDictionary[tuple[Path, str], DeviceModel] = WeakValueDictionary()
 
     def open(self, path: Path, program: ProgramSpec, sizes: Mapping[str, int]) -> Program:
         if path.stem in ON_HOST:
@@ -50,7 +53,11 @@ class CudaEngine(Engine):
         return DeviceSampler(spec, self._device, self._model(folder), programs, self._limit)
 
     def _model(self, folder: Path) -> DeviceModel:
-        if folder not in self._models:
+        """One for all who use it; not one that was read before the folder was built anew."""
+        programs = folder / "engines" / "cuda" / PROGRAMS
+        key = folder, sha256(programs) if programs.is_file() else ""
+        model = self._models.get(key)
+        if model is None:
             with self._device.errors():
-                self._models[folder] = DeviceModel(folder, self._device.torch)
-        return self._models[folder]
+                model = self._models[key] = DeviceModel(folder, self._device.torch)
+        return model

@@ -88,7 +88,7 @@ def shapes(
         given = [None if name is None else values[name] for name in operation.inputs]
         try:
             results = evaluate(operation, given)
-        except (ValueError, RuntimeError, LookupError, TypeError) as error:
+        except (ValueError, RuntimeError, LookupError, TypeError, ArithmeticError) as error:
             raise ValueError(f"[device program] {operation.kind} {operation.outputs[0]}: {error}") from error
         if len(results) != len(operation.outputs):
             raise ValueError(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import final
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -34,7 +35,12 @@ class DeviceModel:
         """Raises ValueError for programs that are missing, damaged or of another artifact."""
         folder = artifact / "engines" / "cuda"
         programs = read_programs(folder, sha256(artifact / MANIFEST))
-        stored = load_file(folder / WEIGHTS, device=str(device))
+        try:
+            stored = load_file(folder / WEIGHTS, device=str(device))
+        except SafetensorError as error:
+            raise ValueError(
+                f"[cuda] {folder / WEIGHTS}: {error}; run `volcast build --target cuda` again"
+            ) from error
         for name, program in programs.programs.items():
             missing = sorted(key for key in program.weights() if f"{name}/{key}" not in stored)
             if missing:

@@ -95,7 +95,7 @@ def read_programs(folder: str | os.PathLike[str], artifact: str) -> DeviceProgra
         raise ValueError(f"[cuda] {folder} holds no {PROGRAMS}; run `volcast build --target cuda`")
     try:
         programs = DevicePrograms.model_validate(json.loads(path.read_bytes()))
-    except (ValidationError, ValueError) as error:
+    except (ValidationError, ValueError, RecursionError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
         where = ".".join(map(str, first["loc"]))
         raise ValueError(
