@@ -104,11 +104,12 @@ def test_a_packing_holds_what_lives_at_once(buffers: list[Buffer]) -> None:
 
 
 def test_arenas_stay_near_what_lives_at_once() -> None:
-    """1.04 at most over these when written. Nothing bounds a greedy packing so tightly: this notices if it gets worse."""
+    """1.02 at most over these when written, 48 of 50 without a gap; 1.05 and 45 where no order was tried again. Nothing
+    bounds a greedy packing so tightly: this notices if it gets worse."""
     found = [planned(RandomProgram(seed, 30)) for seed in range(50)]
     assert all(one.bytes >= one.live_bytes for one in found)
-    assert max(one.bytes / one.live_bytes for one in found) < 1.15
-    assert sum(one.bytes == one.live_bytes for one in found) > 40
+    assert max(one.bytes / one.live_bytes for one in found) < 1.04
+    assert sum(one.bytes == one.live_bytes for one in found) > 46
 
 
 def chain(length: int, kind: str = "softmax", **more: object) -> DeviceProgram:
@@ -205,6 +206,7 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     )  # fmt: skip
     with pytest.raises(ValueError, match="makes 1 values, has 2 outputs"):
         shapes(two, {}, {"v0": SPEC})
+
 
 def test_settings_that_no_operator_takes_are_refused_in_its_name() -> None:
     image = Operation(kind="convolution", inputs=("x", "w"), outputs=("y",),
