@@ -3,7 +3,11 @@
 import gc
 import json
 import shutil
+import signal
+import threading
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +17,8 @@ import volcast
 from volcast.export.similarity import ms_ssim, relative_l2
 from volcast.export.to_cuda import build_cuda
 from volcast.runtime.artifact import read_artifact
+from volcast.runtime.atomic import sha256
+from volcast.runtime.device import sampling, step_loop
 from volcast.runtime.device.decoding import Slabs, Whole, open_decoder
 from volcast.runtime.device.model import DeviceModel
 from volcast.runtime.engine_cuda import CudaEngine
@@ -34,6 +40,12 @@ def built(default_artifact_folder: Path, tmp_path_factory: pytest.TempPathFactor
     shutil.copytree(default_artifact_folder, folder)
     build_cuda(folder, precision=Precision.FP32)
     return folder
+
+
+def sampler(model: Model) -> sampling.DeviceSampler:
+    found = model._sampler
+    assert isinstance(found, sampling.DeviceSampler)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +138,51 @@ def test_previews_show_the_way_and_change_nothing(model: Model, oracle: Model) -
         assert relative_l2(images, wanted[step]) < SAME
 
 
+def test_requests_may_take_turns(model: Model) -> None:
+    """Each batch is decoded while its caller has the one before; the other's request must not write there."""
+    alone = [list(model.sample_many(3, seed, size=TINY, steps=2)) for seed in (11, 12)]
+    turns = zip(*(model.sample_many(3, seed, size=TINY, steps=2) for seed in (11, 12)), strict=True)
+    for number, volumes in enumerate(turns):
+        for one, other in zip(volumes, alone, strict=True):
+            np.testing.assert_array_equal(one.array, other[number].array)
+
+
+def test_nothing_runs_on_for_a_caller_who_takes_no_more(model: Model) -> None:
+    volumes = model.sample_many(3, 11, size=TINY, steps=2)
+    next(volumes)
+    assert [one.pending is None for one in sampler(model)._kept.values()].count(False) == 1
+    volumes.close()
+    assert all(one.pending is None for one in sampler(model)._kept.values())
+
+    def fail(done: int, total: int) -> None:
+        if done == 3:  # the first batch is being decoded
+            raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        list(model.sample_many(2, 11, size=TINY, steps=2, on_step=fail))
+    assert all(one.pending is None for one in sampler(model)._kept.values())
+
+
+def test_steps_that_nobody_watches_go_out_together(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_loop, "TOGETHER", 4)
+    for steps, launches in [(4, 1), (6, 2), (7, 7)]:  # a divisor of the steps, at most 4
+        watched = model.sample(6, size=TINY, steps=steps, on_step=lambda done, total: None)
+        assert np.array_equal(model.sample(6, size=TINY, steps=steps).array, watched.array)
+        assert next(reversed(sampler(model)._kept.values())).loop._several[1] == launches
+
+
+def test_ctrl_c_needs_no_callback(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_loop, "TOGETHER", 2)
+    with pytest.raises(ZeroDivisionError):  # captured, and let go of after a step
+        model.sample(6, size=TINY, steps=1000, on_step=lambda done, total: 1 // 0)
+    timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        model.sample(6, size=TINY, steps=1000)
+    timer.join()
+    assert 0 < int(next(reversed(sampler(model)._kept.values())).loop.counter[0]) < 1000
+
+
 def test_decode_and_encode(model: Model, oracle: Model) -> None:
     z = np.random.default_rng(0).standard_normal((2, 4, *SMALL)).astype(np.float32)
     image = oracle.decode(z)
@@ -181,15 +238,32 @@ def test_values_that_are_not_finite_are_named(built: Path) -> None:
 
 
 @pytest.mark.skipif(not TASKS.exists(), reason="needs Linux's list of threads")
-def test_threads_come_to_rest(built: Path) -> None:
+def test_threads_and_memory_come_to_rest(built: Path) -> None:
     load(built, CudaEngine(DEVICE)).sample(
         0, size=(4, 4, 4), steps=2
     )  # PyTorch's and ONNX Runtime's own pools
+    gc.collect()
     before = len(list(TASKS.iterdir()))
     model = load(built, CudaEngine(DEVICE))
-    for size in [(4, 4, 4), (4, 4, 8), (4, 8, 4), (8, 4, 4)]:
-        model.sample(0, size=size, steps=2)
-    del model
+    gc.disable()
+    try:
+        used, kept = set[int](), []
+        for size in [(4, 4, 4), (4, 4, 8), (4, 8, 4), (8, 4, 4)]:
+            model.sample(0, size=size, steps=2)
+            used.add(len(list(TASKS.iterdir())))
+            kept += [
+                weakref.ref(part)
+                for one in sampler(model)._kept.values()
+                for part in (one.loop, one.decoding)
+            ]
+        assert len(used) == 1
+        # Those that were pushed out are gone, with nobody to look for cycles.
+        assert len({part() for part in kept} - {None}) == 4
+        weights = weakref.ref(sampler(model)._model)
+        del model
+        assert weights() is None
+    finally:
+        gc.enable()
     gc.collect()
     assert len(list(TASKS.iterdir())) <= before
 
@@ -208,9 +282,78 @@ def test_programs_that_are_missing_or_another_s(built: Path, tmp_path: Path) -> 
         manifest.write_text(json.dumps({**content, **changed}))
         with pytest.raises(ValueError, match=f"{message}.*run `volcast build --target cuda` again"):
             load(folder, CudaEngine(DEVICE))
+    weights = manifest.with_name("weights.safetensors")
+    weights.write_bytes(b"no tensors")
+    manifest.write_text(json.dumps({**content, "weights_sha256": sha256(weights)}))
+    with pytest.raises(
+        ValueError, match=r"weights.safetensors: .*header.*run `volcast build --target cuda` again"
+    ):
+        load(folder, CudaEngine(DEVICE))
+    manifest.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="recursion depth.*run `volcast build --target cuda` again"):
+        load(folder, CudaEngine(DEVICE))
     shutil.rmtree(folder / "engines")
     with pytest.raises(ValueError, match=r"holds no programs.json; run `volcast build --target cuda`"):
         load(folder, CudaEngine(DEVICE))
+
+
+def test_an_engine_shares_weights_but_not_those_of_an_older_build(built: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(built, folder)
+    engine = CudaEngine(DEVICE)
+    one, other = load(folder, engine), load(folder, engine)
+    assert sampler(one)._model is sampler(other)._model
+    programs = folder / "engines" / "cuda" / "programs.json"
+    programs.write_text(programs.read_text() + " ")
+    again = load(folder, engine)
+    assert sampler(again)._model is not sampler(one)._model
+    manifest = folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"ddim"', '"ddpm"'))  # exported anew, and not built
+    programs.write_text(programs.read_text() + " ")
+    with pytest.raises(ValueError, match="was built from another export"):
+        load(folder, engine)
+
+
+def test_models_open_one_after_the_other(built: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch captures one graph at a time in a process."""
+    open_decoder, inside, most = sampling.open_decoder, [0], [0]
+
+    def slowly(*arguments: Any) -> Any:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        threading.Event().wait(0.2)  # time for the other
+        inside[0] -= 1
+        return open_decoder(*arguments)
+
+    monkeypatch.setattr(sampling, "open_decoder", slowly)
+    engine, found = CudaEngine(DEVICE), dict[int, Any]()
+    models = [load(built, engine) for _ in range(2)]
+
+    def run(place: int) -> None:
+        found[place] = models[place].sample(13, size=TINY, steps=2).array
+
+    threads = [threading.Thread(target=run, args=[place]) for place in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1]
+    for place in range(2):
+        np.testing.assert_array_equal(found[place], model.sample(13, size=TINY, steps=2).array)
+
+
+def test_memory_for_the_loop_comes_before_the_noise(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*arguments: Any) -> Any:
+        return torch.empty(2**60, dtype=torch.uint8, device=DEVICE)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling, "StepLoop", too_large)
+        patch.setattr(sampling, "first_latent", lambda *arguments: pytest.fail("noise for nothing"))
+        with pytest.raises(
+            ValueError, match=r"\[cuda\] out of memory: .*smaller size or batch, or --memory-limit"
+        ):
+            model.sample(0, size=(4, 4, 12), steps=2)
+    assert np.isfinite(model.sample(0, size=TINY, steps=2).array).all()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -220,8 +363,9 @@ def test_without_a_gpu_the_engine_says_so_when_asked(built: Path) -> None:
 
 
 def test_bad_devices_and_limits(built: Path) -> None:
-    with pytest.raises(ValueError, match="need cuda, cuda:0 .. or cpu"):
-        CudaEngine("meta")
+    for device in ("meta", "graphics card", "cuda:-1", "", None):
+        with pytest.raises(ValueError, match="need cuda, cuda:0 .. or cpu"):
+            CudaEngine(device)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="memory_limit='2 parsecs': need a number of bytes"):
         volcast.load(built, engine="cuda", memory_limit="2 parsecs")
     with pytest.raises(ValueError, match="only the engine cuda keeps one, not onnxruntime"):

@@ -143,6 +143,8 @@ def open_decoder(
 class Decoding:
     """One batch's way out. `hand_over` and `snapshot` run on the loop's stream, `finish` and `show` on `stream`.
 
+    Let go of it when both are idle.
+
     Attributes:
         image: float32 `[N, C, D, H, W]` on the host, page-locked for a GPU; what `finish` writes.
         preview: the same for `show`.
@@ -150,16 +152,16 @@ class Decoding:
         previews: whether `show` can run beside the loop; slabs allocate and cannot.
     """
 
-    def __init__(self, graphs: Graphs, loop: StepLoop, decoder: Decoder) -> None:
+    def __init__(self, graphs: Graphs, loop: StepLoop, decoder: Decoder, stream: _core.Stream) -> None:
         x, counter = loop.x, loop.counter
-        self.stream = graphs.stream()
-        self._latent, self._shown = torch.empty_like(x), torch.empty_like(x)
+        latent, shown = torch.empty_like(x), torch.empty_like(x)
+        self.stream = stream
         self.bytes = decoder.bytes + 2 * x.nbytes
         self.previews = decoder.recorded
-        shape, pinned = (x.shape[0], *decoder.shape), x.is_cuda
-        self.image = torch.empty(shape, pin_memory=pinned)
-        self.preview = torch.empty(shape, pin_memory=pinned)
-        self._flags = torch.empty(counter.shape, dtype=counter.dtype, pin_memory=pinned)
+        shape = (x.shape[0], *decoder.shape)
+        image, preview = graphs.host_memory(shape), graphs.host_memory(shape)
+        flags = graphs.host_memory(tuple(counter.shape), counter.dtype)
+        self.image, self.preview, self._flags = image, preview, flags
         self._graphs: list[Any] = []
 
         def recorded(function: Function, stream: _core.Stream) -> _core.Executable:
@@ -172,14 +174,15 @@ class Decoding:
                 to[sample].copy_(decoder(latent[sample : sample + 1])[0], non_blocking=True)
 
         def hand_over() -> None:
-            self._latent.copy_(x)
-            self._flags.copy_(counter, non_blocking=True)
+            latent.copy_(x)
+            flags.copy_(counter, non_blocking=True)
 
+        # The functions, which the graphs keep, hold tensors and not `self`: no cycle keeps them longer than it.
         self.hand_over = recorded(hand_over, loop.stream)
-        self.snapshot = recorded(lambda: _copy(self._shown, x), loop.stream)
+        self.snapshot = recorded(lambda: _copy(shown, x), loop.stream)
         work = recorded if decoder.recorded else lambda function, _: graphs.direct(function)
-        self.finish: Any = work(lambda: images(self._latent, self.image), self.stream)
-        self.show: Any = work(lambda: images(self._shown, self.preview), self.stream)
+        self.finish: Any = work(lambda: images(latent, image), stream)
+        self.show: Any = work(lambda: images(shown, preview), stream)
 
     def check(self, plan: _core.Plan, samples: NDArray[np.uint64]) -> None:
         """Raise ValueError where a value was not finite; call it when `finish` has run."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, final
+from functools import cached_property
+from typing import final
 
 import numpy as np
 import torch
@@ -27,22 +29,63 @@ from .step_loop import LoopKey, Previews, Start, StepLoop
 
 KEPT = 2
 """Captured loops that stay; the least recently used goes first. Each has its own memory."""
+RESERVE = 0.1
+"""Of what is free, where no limit is given: workspaces of libraries, gaps between blocks."""
+
+_opening = threading.Lock()
+"""PyTorch captures one graph at a time in a process, and two that measure what is free would both take it."""
 
 
-class _Captured(NamedTuple):
-    loop: StepLoop
-    decoding: Decoding
-    decoded: _core.Event
+@final
+class _Captured:
+    """A captured loop with its decoding. `pending`: the batch whose images are made in the decoding's memory."""
+
+    def __init__(self, loop: StepLoop, decoding: Decoding, decoded: _core.Event) -> None:
+        self.loop, self.decoding, self.decoded = loop, decoding, decoded
+        self.pending: _Pending | None = None
+
+    def settle(self) -> None:
+        """Take the images out, so that others may be made; whoever waits for them finds them, or what went wrong."""
+        if self.pending is not None:
+            self.pending.settle()
+        self.pending = None
 
 
-class _Pending(NamedTuple):
+@final
+class _Pending:
     """A batch that is being decoded."""
 
-    captured: _Captured
-    plan: _core.Plan
-    samples: NDArray[np.uint64]
-    report: Report
-    began: float
+    def __init__(
+        self, captured: _Captured, plan: _core.Plan, samples: NDArray[np.uint64], report: Report
+    ) -> None:
+        self.captured = captured
+        self._plan, self._samples, self._report = plan, samples, report
+        self._began = time.perf_counter()
+        self._images: Images | None = None
+        self._failure: Exception | None = None
+
+    def settle(self) -> None:
+        """Wait for the images and copy them."""
+        decoding = self.captured.decoding
+        try:
+            self.captured.decoded.synchronize()
+            decoding.check(self._plan, self._samples)
+            self._images = decoding.image.numpy().copy()
+        except Exception as error:  # noqa: BLE001  told to whoever asks for the result
+            self._failure = error
+        self._report = self._report.with_decode(time.perf_counter() - self._began)
+
+    def result(self) -> tuple[Images, Report]:
+        if self.captured.pending is self:
+            self.captured.settle()
+        if self._failure is not None:
+            raise self._failure
+        assert self._images is not None
+        if not np.isfinite(self._images).all():
+            raise ValueError(
+                "[decode] the decoded volume is not finite; check the weights, or build with --precision bf16 or fp32"
+            )
+        return self._images, self._report
 
 
 @final
@@ -68,18 +111,22 @@ class DeviceSampler(Sampler):
         self, job: Job, parts: Sequence[range], x0: NDArray[np.float32] | None, watch: Watch
     ) -> Iterator[tuple[Images, Report]]:
         pending: _Pending | None = None
-        for number, part in enumerate(parts):
-            with self._device.errors(), torch.inference_mode():
-                following = self._steps(job, part, x0, watch, (number, len(parts)))
-                finished = None if pending is None else self._result(pending)
-                self._decode(following.captured)
-            pending = following
-            if finished is not None:
+        try:
+            for number, part in enumerate(parts):
+                with self._device.errors(), torch.inference_mode():
+                    following = self._steps(job, part, x0, watch, (number, len(parts)))
+                    finished = None if pending is None else pending.result()
+                    self._decode(following)
+                pending = following
+                if finished is not None:
+                    yield finished
+            if pending is not None:
+                with self._device.errors(), torch.inference_mode():
+                    finished = pending.result()
                 yield finished
-        if pending is not None:
-            with self._device.errors(), torch.inference_mode():
-                finished = self._result(pending)
-            yield finished
+        finally:  # also where the caller takes no more: nothing is left running
+            if pending is not None and pending.captured.pending is pending:
+                pending.captured.settle()
 
     def _steps(
         self, job: Job, part: range, x0: NDArray[np.float32] | None, watch: Watch, place: tuple[int, int]
@@ -93,8 +140,8 @@ class DeviceSampler(Sampler):
             branches.insert(0, prepared(spec, programs, stack(job.unconditional, part)))
         prepare_seconds = watched.lap()
 
-        seeds, samples, x = first_latent(job, part, x0)
         captured, open_seconds = self._captured(job, len(part), branches[0])
+        seeds, samples, x = first_latent(job, part, x0)
         watched.lap()
         loop = captured.loop
         loop.start(Start(job.plan, x, rows, tuple(branches), seeds, samples, job.request.guidance))
@@ -116,30 +163,21 @@ class DeviceSampler(Sampler):
             peak_of_process=memory.since_start_of_process,
             device_bytes=self._model.bytes + loop.bytes + captured.decoding.bytes,
         )
-        return _Pending(captured, job.plan, samples, report, time.perf_counter())
+        return _Pending(captured, job.plan, samples, report)
 
-    def _decode(self, captured: _Captured) -> None:
-        """Enqueue it. The decode before has been waited for, so its latent and image may be written over."""
-        loop, decoding, decoded = captured
+    def _decode(self, batch: _Pending) -> None:
+        """Enqueue it, when the images of the batch before are out of the way."""
+        captured = batch.captured
+        captured.settle()
+        loop, decoding, decoded = captured.loop, captured.decoding, captured.decoded
         handed = self._device.graphs.event()
         decoding.hand_over.launch(loop.stream)
         loop.stream.record(handed)
         decoding.stream.wait(handed)
         decoding.finish.launch(decoding.stream)
         decoding.stream.record(decoded)
+        captured.pending = batch
         handed.synchronize()
-
-    def _result(self, pending: _Pending) -> tuple[Images, Report]:
-        decoding = pending.captured.decoding
-        pending.captured.decoded.synchronize()
-        decoding.check(pending.plan, pending.samples)
-        images = decoding.image.numpy().copy()
-        if not np.isfinite(images).all():
-            raise ValueError(
-                "[decode] the decoded volume is not finite; check the weights, or build with --precision bf16 or fp32"
-            )
-        seconds = time.perf_counter() - pending.began
-        return images, pending.report.with_decode(seconds)
 
     def _previews(self, decoding: Decoding, watch: Watch) -> Previews | None:
         on_preview = watch.on_preview
@@ -157,6 +195,11 @@ class DeviceSampler(Sampler):
             lambda step: on_preview(step, decoding.preview.numpy().copy()),
         )
 
+    @cached_property
+    def _streams(self) -> tuple[_core.Stream, _core.Stream]:
+        """For steps and for decoding, of all captured loops: PyTorch keeps workspaces of libraries for every stream."""
+        return self._device.graphs.stream(), self._device.graphs.stream()
+
     def _captured(
         self, job: Job, batch: int, branch: dict[str, NDArray[np.generic]]
     ) -> tuple[_Captured, float]:
@@ -173,21 +216,29 @@ class DeviceSampler(Sampler):
         )
         began = time.perf_counter()
         if key not in self._kept:
-            while len(self._kept) >= KEPT:
-                self._kept.popitem(last=False)
-            self._kept[key] = self._capture(key)
+            with _opening:
+                while len(self._kept) >= KEPT:
+                    _, oldest = self._kept.popitem(last=False)
+                    oldest.settle()
+                    del oldest
+                self._kept[key] = self._capture(key)
         self._kept.move_to_end(key)
         return self._kept[key], time.perf_counter() - began
 
     def _capture(self, key: LoopKey) -> _Captured:
         spec, model, graphs = self._spec, self._model, self._device.graphs
-        free = self._device.free_bytes() if self._limit is None else self._limit - model.bytes
-        loop = StepLoop(spec, model, graphs, graphs.stream(), key)
-        left = None if free is None else free - loop.bytes
-        if left is not None and left < 0:
+        steps, decodes = self._streams
+        loop = StepLoop(spec, model, graphs, steps, key)
+        taken = model.bytes + loop.bytes
+        if self._limit is None:
+            free = self._device.free_bytes()
+            left = None if free is None else int(free * (1 - RESERVE))
+        elif taken <= self._limit:
+            left = self._limit - taken
+        else:
             raise ValueError(
-                f"[cuda] memory_limit={self._limit}: the weights and the loop take {model.bytes + loop.bytes} bytes; "
+                f"[cuda] memory_limit={self._limit}: the weights and the loop take {taken} bytes; "
                 "raise the limit, or give a smaller size or batch"
             )
-        decoding = Decoding(graphs, loop, open_decoder(spec, model, key.shape, left))
+        decoding = Decoding(graphs, loop, open_decoder(spec, model, key.shape, left), decodes)
         return _Captured(loop, decoding, graphs.event())

@@ -6,6 +6,7 @@ the network's next input. Nothing crosses to the host between steps.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple, final
@@ -27,6 +28,8 @@ from .model import DeviceModel
 Array = NDArray[Any]
 AHEAD = 2
 """Steps on the device before the host waits for the first: enough to hide a launch, few to take back."""
+TOGETHER = 64
+"""Steps of one launch at most. Ctrl-C waits for two launches, and a graph of 1000 steps has 10^5 nodes."""
 
 
 class LoopKey(NamedTuple):
@@ -92,7 +95,9 @@ class StepLoop:
         if wide > 1:
             variant = find_variant(self._network)
             if variant:
-                self._network = Executor(program, weights, described, device, keep=kept, per_sample=variant)
+                self._network = Executor(
+                    program, weights, described, device, self._network.arena, keep=kept, per_sample=variant
+                )
         self.key, self.stream = key, stream
         self._model, self._guided = model, key.guided
         latent = (n, *key.shape)
@@ -115,14 +120,24 @@ class StepLoop:
         self._seeds = torch.zeros(n, dtype=torch.int64, device=device)
         self._samples = torch.zeros(n, dtype=torch.int64, device=device)
         self._guidance = torch.zeros(n, dtype=torch.float64, device=device) if key.guided else None
-        self._graph = graphs.record(self._step, stream)
+        alive = weakref.WeakMethod(self._step)
+
+        def step() -> None:  # weakly: a graph may keep it, and the loop keeps the graph
+            run = alive()
+            assert run is not None
+            run()
+
+        self._graph = graphs.record(step, stream)
         self._graphs = graphs
         self._one = graphs.executable(self._graph)
 
     @cached_property
-    def _whole(self) -> _core.Executable:
-        """All steps as one launch; made for the first caller who wants nothing told between them."""
-        return self._graphs.executable(self._graph, self.key.steps)
+    def _several(self) -> tuple[_core.Executable, int]:
+        """All steps as one launch, where they are many as a few equal ones, and how many launches that makes; for the
+        first caller who wants nothing told between the steps."""
+        steps = self.key.steps
+        together = max(n for n in range(1, min(steps, TOGETHER) + 1) if steps % n == 0)
+        return self._graphs.executable(self._graph, together), steps // together
 
     @property
     def bytes(self) -> int:
@@ -153,12 +168,13 @@ class StepLoop:
     def run(
         self, on_step: Callable[[int, int], None] | None = None, previews: Previews | None = None
     ) -> _core.LoopTiming:
-        """Every step, by the C++ loop. With nobody to tell it is one launch of the whole loop.
+        """Every step, by the C++ loop. With nobody to tell, up to `TOGETHER` of them are one launch.
 
-        What `on_step` raises stops it within `AHEAD` steps.
+        What `on_step` raises stops it within `AHEAD` launches, and so does Ctrl-C.
         """
         if on_step is None and previews is None:
-            return _core.run_steps(self._whole, self.stream, 1)
+            executable, launches = self._several
+            return _core.run_steps(executable, self.stream, launches, ahead=AHEAD)
         if previews is None:
             return _core.run_steps(self._one, self.stream, self.key.steps, ahead=AHEAD, on_step=on_step)
         return _core.run_steps(
