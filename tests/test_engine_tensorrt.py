@@ -210,3 +210,28 @@ def test_images_are_decoded_one_by_one(gaussian: Path) -> None:
     whole = engine.open(gaussian / "decode.onnx", program, {"batch": 3, **sizes})({"z": z})["image"]
     single = engine.open(gaussian / "decode.onnx", program, {"batch": 1, **sizes})
     np.testing.assert_array_equal(OneByOne(single, 3)({"z": z})["image"], whole)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_gpu_samples_what_onnx_runtime_samples(
+    gaussian: Path, tmp_path: Path, library: Library, precision: str
+) -> None:
+    from volcast.export.to_tensorrt import build_tensorrt
+    from volcast.runtime.gpu import local_gpu
+
+    here = local_gpu("test")
+    if here.capability not in library.capabilities():
+        pytest.skip(f"{library.target} does not take {here.capability}")
+    folder = Path(shutil.copytree(gaussian, tmp_path / "gaussian"))
+    build_tensorrt(folder, "tensorrt-rtx", capabilities=(here.capability,), precision=precision, batch=(1, 2))
+    ours, theirs = volcast.load(folder, engine="tensorrt-rtx"), volcast.load(folder, engine="onnxruntime")
+    unit = 2.0**-24 if precision == "fp32" else 2.0**-11
+    for settings in ({"steps": 4}, {"steps": 4, "guidance": 2.0}, {"steps": 3, "scheduler": "ddpm"}):
+        arguments = {"batch": 2, "condition": {"anterior": 0.9}, **settings}
+        for one, other in zip(
+            ours.sample_many(3, 5, **arguments), theirs.sample_many(3, 5, **arguments), strict=True
+        ):
+            # Some ten roundings a step, and decode's; the plan's coefficients grow none of them more than tenfold.
+            error = np.linalg.norm(one.array - other.array) / np.linalg.norm(other.array)
+            assert error < 10 * unit * np.sqrt(10 * settings["steps"])
