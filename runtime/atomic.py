@@ -95,12 +95,15 @@ def atomic_folder(path: str | os.PathLike[str], replace: bool = False) -> Iterat
     old: Path | None = None
     try:
         yield temporary
+        mask = _open_mode()
         for folder, _, names in os.walk(temporary, topdown=False):
             for name in names:
                 with open(Path(folder, name), "rb+") as stream:
                     os.fsync(stream.fileno())
+                    # safetensors makes private files, which another user could not serve.
+                    os.fchmod(stream.fileno(), os.fstat(stream.fileno()).st_mode & 0o777 | 0o666 & ~mask)
             _sync_folder(Path(folder))
-        os.chmod(temporary, 0o777 & ~_open_mode())
+        os.chmod(temporary, 0o777 & ~mask)
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".old-{path.name}-", dir=path.parent))
             os.rename(path, old)

@@ -48,6 +48,17 @@ def test_a_folder_appears_whole(tmp_path: Path) -> None:
     assert names(tmp_path) == ["artifact"]
 
 
+def test_files_in_a_folder_are_for_whom_open_makes_them(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "artifact") as temporary:
+        for name, mode in (("private", 0o600), ("program", 0o755)):
+            (temporary / name).write_text("")
+            (temporary / name).chmod(mode)
+    (tmp_path / "plain").write_text("")
+    usual = (tmp_path / "plain").stat().st_mode & 0o777
+    assert (tmp_path / "artifact/private").stat().st_mode & 0o777 == usual
+    assert (tmp_path / "artifact/program").stat().st_mode & 0o777 == usual | 0o755
+
+
 def test_a_folder_is_exchanged_only_when_asked_and_only_when_the_new_one_is_whole(tmp_path: Path) -> None:
     target = tmp_path / "artifact"
     target.mkdir()
