@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from .programs import Programs
 from .spec import ArtifactSpec
+from .volume import Volume
 
 Images = NDArray[np.float32]
 
@@ -30,7 +31,7 @@ def decode(spec: ArtifactSpec, programs: Programs, z: Any) -> Images:
 
 def encode(spec: ArtifactSpec, programs: Programs, image: Any) -> Images:
     """Latents `[N, C, D', H', W']` of images; see `Model.encode`."""
-    array = np.asarray(image)
+    array = image.array if isinstance(image, Volume) else np.asarray(image)
     if array.ndim == len(spec.latent_shape) - 1:
         array = array[None]
     if "encode" not in spec.programs:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from volcast import _core
 
-from .autoencoder import decode
+from .autoencoder import decode, encode
 from .engine import Engine
 from .job import Job, stack
 from .lanes import LaneReport, open_lanes
@@ -123,6 +123,11 @@ class Batching:
 
     def stats(self) -> _core.BatcherStats:
         return self._batcher.stats()
+
+    def encode(self, image: Volume | Array) -> NDArray[np.float32]:
+        """`Model.encode`, from any thread."""
+        with self._submitting:
+            return encode(self._spec, self._host, image)
 
     def submit(
         self,

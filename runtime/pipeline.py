@@ -27,6 +27,7 @@ from .volume import Volume, centred_affine
 
 Condition = Mapping[str, Any]
 OnPreview = Callable[[int, Images], None]
+Encode = Callable[[Volume | NDArray[np.generic]], NDArray[np.float32]]
 Frame = tuple[NDArray[np.float64], tuple[float, ...]]
 """Affine and voxel sizes."""
 
@@ -139,7 +140,7 @@ class Model:
             ValueError: anything out of range, before any work (with an image: before the first step); while sampling,
                 values that are not finite.
         """
-        job, x0, frame = self._job(seed, n, batch, condition, size, image, settings)
+        job, x0, frame = self._job(self.encode, seed, n, batch, condition, size, image, settings)
         every = self._every(preview_every) if on_preview is not None else 0
         watch = Watch(on_step=on_step, on_preview=on_preview, preview_every=every)
         return self._run(job, n, batch, x0, frame, watch)
@@ -175,8 +176,7 @@ class Model:
             if self._batching is None:
                 self._batching = Batching(self._folder, self.spec, self.engine)
             batching = self._batching
-            # `encode` shares programs with `sample`: only here from several threads.
-            job, x0, frame = self._job(seed, number + 1, 1, condition, size, image, settings)
+        job, x0, frame = self._job(batching.encode, seed, number + 1, 1, condition, size, image, settings)
         every = self._every(preview_every) if on_preview is not None else 0
         return batching.submit(
             job, number, turns=turns, x0=x0, frame=frame, on_step=on_step, on_preview=on_preview, preview_every=every
@@ -195,11 +195,10 @@ class Model:
         The inverse of `decode` up to the autoencoder's loss; the mean and not a draw, so that one image has one
         latent. A model without `decode` works on images: the image comes back.
         """
-        array = image.array if isinstance(image, Volume) else image
-        return autoencoder.encode(self.spec, self._programs, array)
+        return autoencoder.encode(self.spec, self._programs, image)
 
     def _job(
-        self, seed: int, n: int, batch: int, condition: Condition | Sequence[Condition] | None,
+        self, encode: Encode, seed: int, n: int, batch: int, condition: Condition | Sequence[Condition] | None,
         size: Sequence[int] | None, image: Volume | NDArray[np.generic] | None, settings: Settings,
     ) -> tuple[Job, NDArray[np.float32] | None, Frame | None]:  # fmt: skip
         """The job, the latent to start from, and the frame of the image that it is of."""
@@ -210,7 +209,7 @@ class Model:
             )
         x0 = None
         if image is not None:
-            z = self.encode(image)
+            z = encode(image)
             if z.shape[0] != 1:
                 raise ValueError(f"[sample] image holds {z.shape[0]} images: give one")
             if size is not None and tuple(size) != z.shape[2:]:

@@ -41,6 +41,14 @@ def test_one_request_can_ask_for_a_later_sample_of_its_seed(model: Model) -> Non
     np.testing.assert_array_equal(model.submit(7, sample=2, steps=4).result(60).array, last.array)
 
 
+def test_an_image_can_be_where_a_future_starts(model: Model) -> None:
+    image = model.sample(3)
+    asked = {"image": image, "strength": 0.5, "steps": 10}
+    future = model.submit(4, **asked)  # type: ignore[arg-type]
+    alone = model.sample(4, **asked)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(future.result(60).array, alone.array)
+
+
 def test_steps_and_previews_are_told_in_order(model: Model) -> None:
     steps: list[tuple[int, int]] = []
     previews: list[tuple[int, tuple[int, ...]]] = []
