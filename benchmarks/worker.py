@@ -120,7 +120,7 @@ class Worker:
 
 def one_line(error: BaseException) -> str:
     """The error's type and the start of its message, paths left out: results are published."""
-    text = re.sub(r"(?<![\w.])~?(/[\w.+\-]+)+/?", "PATH", " ".join(str(error).split()))
+    text = re.sub(r"(?<![\w./])~?(/[\w.+\-]+)+/?", "PATH", " ".join(str(error).split()))
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
