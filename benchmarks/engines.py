@@ -54,7 +54,7 @@ def labelled(folders: list[Path]) -> tuple[dict[str, Path], ArtifactSpec]:
     Raises ValueError: two of one precision, or not the same model.
     """
     specs = [read_artifact(folder) for folder in folders]
-    labels = {spec.precision.value: folder for spec, folder in zip(specs, folders, strict=True)}
+    labels = {str(spec.precision): folder for spec, folder in zip(specs, folders, strict=True)}
     if len(labels) != len(folders):
         raise ValueError("[engines] two artifacts of one precision: give each precision once")
     for spec in specs[1:]:
