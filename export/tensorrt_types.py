@@ -139,6 +139,8 @@ class _Typing:
                 self._wide.update(node.outputs)
         elif not floats or node.op_type in NOT_FLOAT:
             return
+        elif node.op_type == "QuantizeLinear":
+            self._read(node, floats, DataType.FLOAT)
         elif node.op_type in self._products:
             self._read(node, floats, self._type)
             self._half.update(node.outputs)

@@ -174,6 +174,30 @@ def test_attention_is_scaled_before_its_product_in_float16_alone(tmp_path: Path)
             np.testing.assert_allclose(result, 300, rtol=2**-7)
 
 
+def test_quantised_values_keep_their_type(tmp_path: Path) -> None:
+    """Scales and what is quantised are float32; what comes out of int8 meets the product in half precision."""
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"]),
+        helper.make_node("QuantizeLinear", ["c", "scale", "zero"], ["i"]),
+        helper.make_node("DequantizeLinear", ["i", "scale", "zero"], ["d"]),
+        helper.make_node("Conv", ["d", "w"], ["y"]),
+    ]
+    weights = {
+        "w": np.ones((2, 2, 1), np.float32),
+        "scale": np.array(0.5, np.float32),
+        "zero": np.array(0, np.int8),
+    }
+    made = model(nodes, {"x": [1, 2, 8]}, {"y": [1, 2, 8]}, weights)
+    typed(made, Precision.FP16)
+    assert kinds(made) == [
+        "Cast", "Conv", "Cast", "QuantizeLinear", "DequantizeLinear", "Cast", "Conv", "Cast"
+    ]  # fmt: skip
+    onnx_ir.save(made, tmp_path / "a.onnx")
+    onnx.checker.check_model(str(tmp_path / "a.onnx"), full_check=True)
+    (result,) = run(tmp_path / "a.onnx", {"x": np.full((1, 2, 8), 1.25, np.float32)})
+    np.testing.assert_array_equal(result, 5)  # 2.5, a multiple of the scale, from both channels
+
+
 @pytest.mark.parametrize("equation", ["bhld,bhmd->bhlm", "bhlm,bhmd->bhld", "ld,md->lm"])
 def test_batched_products_become_matmul(equation: str, tmp_path: Path) -> None:
     letters = dict(zip("bhlmd", (2, 3, 4, 5, 6), strict=True))
