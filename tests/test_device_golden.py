@@ -144,9 +144,11 @@ def test_a_check_leaves_weights_alone() -> None:
     assert all(torch.equal(w, before[name]) for name, w in weights.items())
 
 
-def test_samples_at_odd_bytes_go_through_memory_that_lies_as_the_first() -> None:
-    """Five numbers of 2 bytes a sample: every other one begins where no vector load may."""
-    spec: Spec = ((3, 5), torch.float16)
+@pytest.mark.parametrize("size", [5, 16])
+def test_samples_at_odd_bytes_go_through_memory_that_lies_as_the_first(size: int) -> None:
+    """Five numbers of 2 bytes a sample: every other one begins where no vector load may. Or 16: there it may, but a
+    library's heuristics look further."""
+    spec: Spec = ((3, size), torch.float16)
     program = DeviceProgram(
         inputs=("x",), outputs=("y",),
         operations=(Operation(kind="softmax", inputs=("x",), outputs=("y",), settings={"axis": -1}),),
@@ -156,16 +158,16 @@ def test_samples_at_odd_bytes_go_through_memory_that_lies_as_the_first() -> None
     (call,) = bound.calls
 
     def form(operation: Operation, inputs: Any, outputs: list[Tensor]) -> None:
-        seen.append((inputs[0].data_ptr() % 16, outputs[0].data_ptr() % 16))
+        seen.append((inputs[0].data_ptr() % 256, outputs[0].data_ptr() % 256))
         call.form(operation, inputs, outputs)
 
-    x = torch.randn(3, 5).half()
+    x = torch.randn(3, size).half()
     bound.inputs["x"].copy_(x)
     type(call)(
         operation=call.operation, form=form, inputs=call.inputs, outputs=call.outputs, values=call.values,
         samples=call.samples,
     ).by_sample()  # fmt: skip
-    assert seen == [(0, 0)] * 3
+    assert len(seen) == 3 and len(set(seen)) == 1
     torch.testing.assert_close(bound.outputs["y"], torch.softmax(x, -1))
 
 

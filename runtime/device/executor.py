@@ -249,12 +249,16 @@ def _settled(x: Tensor) -> Tensor:
 
 
 def _lying_as(whole: Tensor, part: Tensor, filled: bool) -> Tensor:
-    """`part`, or memory like it that begins at a multiple of 16 bytes where and only where `whole` does."""
-    odd = whole.data_ptr() % 16
-    if part.data_ptr() % 16 == odd:
+    """`part`, or memory like it that begins as far behind a multiple of ALIGNMENT bytes as `whole` does.
+
+    Triton looks at 16 bytes, PyTorch asks cuDNN for plans by up to 32 and cuBLASLt by up to 256.
+    """
+    odd = whole.data_ptr() % memory.ALIGNMENT
+    if part.data_ptr() % memory.ALIGNMENT == odd:
         return part
-    first = odd // part.itemsize
     extent = 1 + sum((size - 1) * stride for size, stride in zip(part.shape, part.stride(), strict=True))
-    lines = torch.empty(first + extent, dtype=part.dtype, device=part.device)
+    room = memory.ALIGNMENT // part.itemsize
+    lines = torch.empty(room + extent, dtype=part.dtype, device=part.device)
+    first = (odd - lines.data_ptr()) % memory.ALIGNMENT // part.itemsize
     copy = lines.as_strided(part.shape, part.stride(), first)
     return copy.copy_(part) if filled else copy

@@ -150,7 +150,9 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 def _signature(call: Call) -> str:
     def described(x: Tensor | None) -> Any:
-        return None if x is None else (tuple(x.shape), x.stride(), str(x.dtype), x.data_ptr() % 16)
+        if x is None:
+            return None
+        return tuple(x.shape), x.stride(), str(x.dtype), x.data_ptr() % memory.ALIGNMENT
 
     operation = call.operation
     tensors = [described(x) for x in (*call.inputs, *call.outputs)]
