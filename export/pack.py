@@ -74,6 +74,8 @@ def pack(
 
 
 def _check_output(output: Path, replace: bool) -> None:
+    if not output.parent.is_dir():
+        raise ValueError(f"[pack] {output.parent} is not a folder; create it first")
     if not output.exists():
         return
     if not replace:

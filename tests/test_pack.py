@@ -6,6 +6,7 @@ import base64
 import csv
 import hashlib
 import json
+import platform
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import tarfile
 import venv
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ import volcast
 from volcast.__main__ import app
 from volcast.export.pack import pack
 from volcast.export.pins import pinned
+from volcast.export.wheel import platform_tag
 from volcast.runtime.atomic import sha256
 from volcast.runtime.cubins import CUBINS, CubinManifest
 from volcast.runtime.pack import PACK, read_pack
@@ -136,7 +139,8 @@ def test_an_altered_pack_is_refused(packed: Path, tmp_path: Path, capsys: pytest
             ["-o", "new", "--target", "tensorrt-rtx", "--platform", "aarch64"],
             r"has packages for x86_64 alone",
         ),
-        (["-o", "no/such/new"], r"folder does not exist; create it first"),
+        (["-o", "no/such/new"], r"no/such is not a folder; create it first"),
+        (["-o", "no/such/new.tar"], r"no/such is not a folder; create it first"),
     ],
 )
 def test_bad_input_is_named_and_nothing_is_left(
@@ -178,6 +182,27 @@ def test_pins_are_the_closure_of_what_is_installed() -> None:
         ValueError, match=r"no-such-thing, which the target needs, is not installed here: no version"
     ):
         pinned(("no-such-thing",), "x86_64")
+
+
+@pytest.mark.skipif(find_spec("ziglang") is not None, reason="has zig")
+def test_another_machine_needs_a_compiler(gaussian: Path, tmp_path: Path) -> None:
+    other = "aarch64" if platform.machine() == "x86_64" else "x86_64"
+    with pytest.raises(
+        ValueError, match=rf"--platform {other} needs ziglang to compile .*; pip install ziglang"
+    ):
+        pack(gaussian, tmp_path / "new", "cpu", machine=other)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_platform_is_the_oldest_c_library_that_fits(tmp_path: Path) -> None:
+    core = tmp_path / "_core.so"
+    core.write_bytes(b"\x7fELF\0GLIBC_2.2.5\0GLIBC_2.34\0GLIBC_2.29\0GLIBC_PRIVATE\0")
+    assert platform_tag(core, "aarch64") == "manylinux_2_34_aarch64"
+    core.write_bytes(b"\x7fELF\0GLIBC_2.2.5\0")
+    assert platform_tag(core, "x86_64") == "manylinux_2_17_x86_64"
+    core.write_bytes(b"\x7fELF")
+    with pytest.raises(ValueError, match="names no version of glibc"):
+        platform_tag(core, "x86_64")
 
 
 @pytest.mark.slow
