@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
@@ -53,6 +54,32 @@ class OnnxRuntimeEngine(Engine):
         self._devices = [] if self._provider is None else _devices(name, self._provider)
 
     def open(self, path: Path, program: ProgramSpec, sizes: Mapping[str, int]) -> Program:
+        options = self._options(program, sizes)
+        if self._provider is None or path.stem in ON_HOST:
+            session = self._on_cpu(path, options)
+        elif self._provider.has_norms:
+            session = self._on(self._provider, path, options, path.name)
+        else:
+            with tempfile.TemporaryDirectory(prefix="volcast-") as folder:
+                plain = self.without_norms(path, program, sizes, Path(folder))
+                session = self._on(self._provider, plain, options, path.name)
+        check_inputs(path, program, {value.name: len(value.shape) for value in session.get_inputs()})
+        return OnnxRuntimeProgram(session, path.name, self.name)
+
+    def without_norms(self, path: Path, program: ProgramSpec, sizes: Mapping[str, int], folder: Path) -> Path:
+        """The program in `folder`, at fixed sizes, with elementary operators for norms.
+
+        ONNX Runtime puts them there after it has folded constants; opening what it writes folds the rest.
+        """
+        options = self._options(program, sizes)
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath = str(folder / path.name)
+        # A program of more than 2 GB cannot be written in one piece.
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
+        self._on_cpu(path, options)
+        return folder / path.name
+
+    def _options(self, program: ProgramSpec, sizes: Mapping[str, int]) -> Any:
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.intra_op_num_threads = self.threads
@@ -62,18 +89,16 @@ class OnnxRuntimeEngine(Engine):
         options.add_session_config_entry("session.force_spinning_stop", "1")
         for axis in {size for tensor in program.inputs for size in tensor.shape if isinstance(size, str)}:
             options.add_free_dimension_override_by_name(axis, sizes[axis])
-        if self._provider is None or path.stem in ON_HOST:
-            try:
-                session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-            except Exception as error:
-                raise unreadable(path, self.name, error) from error
-        else:
-            session = self._on(self._provider, path, options)
-        check_inputs(path, program, {value.name: len(value.shape) for value in session.get_inputs()})
-        return OnnxRuntimeProgram(session, path.name, self.name)
+        return options
 
-    def _on(self, provider: Provider, path: Path, options: Any) -> Any:
-        """A session all of whose operators `provider` runs."""
+    def _on_cpu(self, path: Path, options: Any) -> Any:
+        try:
+            return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise unreadable(path, self.name, error) from error
+
+    def _on(self, provider: Provider, path: Path, options: Any, name: str) -> Any:
+        """A session all of whose operators `provider` runs; `name` is the program's in messages."""
         options.log_severity_level = 4  # the error below says it
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         settings = provider.settings(self.threads)
@@ -86,9 +111,9 @@ class OnnxRuntimeEngine(Engine):
             # enable_fallback: or Python would try again on the CPU, with a note on stdout.
             session = onnxruntime.InferenceSession(path, options, providers=inside, enable_fallback=False)
         except Exception as error:
-            raise _refused(path, self.name, error) from error
+            raise _refused(name, self.name, error) from error
         if session.get_providers()[0] != provider.name:
-            raise _refused(path, self.name, ValueError(f"it went to {', '.join(session.get_providers())}"))
+            raise _refused(name, self.name, ValueError(f"it went to {', '.join(session.get_providers())}"))
         return session
 
 
@@ -123,10 +148,10 @@ def _listed(provider: Provider) -> list[Any]:
     ]
 
 
-def _refused(path: Path, engine: str, error: Exception) -> ValueError:
+def _refused(name: str, engine: str, error: Exception) -> ValueError:
     reason = " ".join(str(error).split())
     # The cause stands at the end of ONNX Runtime's chains of source locations.
     return ValueError(
-        f"[engine] {engine} cannot take {path.name}: {reason if len(reason) < 300 else '...' + reason[-300:]}; "
+        f"[engine] {engine} cannot take {name}: {reason if len(reason) < 300 else '...' + reason[-300:]}; "
         "use another engine"
     )

@@ -19,6 +19,8 @@ class Provider:
             that have it inside.
         install: how to get it.
         options: its settings, for results in float32.
+        has_norms: whether it takes GroupNormalization in one piece. Where not, ONNX Runtime puts elementary operators in
+            its place, whose sizes must be constants first: what computes with sizes belongs to the CPU.
     """
 
     name: str
@@ -26,6 +28,7 @@ class Provider:
     install: str
     plugin: str | None = None
     options: tuple[tuple[str, str], ...] = ()
+    has_norms: bool = True
 
     def settings(self, threads: int) -> dict[str, str]:
         """`options`, and for a provider on the CPU the threads inside an operator."""
@@ -42,7 +45,11 @@ _GPU_BUILD = "pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,
 
 PROVIDERS = {
     "onnxruntime-cuda": Provider(
-        name="CUDAExecutionProvider", device="GPU", install=_GPU_BUILD, options=(("use_tf32", "0"),)
+        name="CUDAExecutionProvider",
+        device="GPU",
+        install=_GPU_BUILD,
+        options=(("use_tf32", "0"),),
+        has_norms=False,
     ),
     "onnxruntime-tensorrt": Provider(
         name="TensorrtExecutionProvider", device="GPU", install=f"{_GPU_BUILD} tensorrt"

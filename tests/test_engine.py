@@ -95,7 +95,7 @@ def test_auto_takes_the_fastest_installed_and_says_which(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("name", "threads", "message"),
     [
-        ("tensorrt", None, "need one of auto, cuda, openvino, onnxruntime"),
+        ("tpu", None, "need one of auto, cuda, .*openvino, onnxruntime"),
         ("auto", 0, r"threads=0: need 1\.\.1024"),
     ],
 )
