@@ -21,6 +21,7 @@ from .engine import ON_HOST, Engine, Program
 from .engine_onnxruntime import OnnxRuntimeEngine
 from .programs import Programs
 from .sampling import Sampler
+from .sizes import parse_bytes
 from .spec import ArtifactSpec, ProgramSpec
 
 
@@ -30,24 +31,26 @@ class CudaEngine(Engine):
 
     Args:
         device: "cuda", "cuda:1"; "cpu" runs the same programs, memory plan and C++ loop with PyTorch's operators.
-        memory_limit: bytes on the device for weights, loop and decode; None: what is free.
+        memory_limit: bytes on the device for weights, loop and decode, or a text as "2GiB"; None: what is free.
 
-    Raises ValueError: no such GPU, one that is too old, PyTorch without CUDA.
+    Raises ValueError: no such GPU, one that is too old, PyTorch without CUDA, a limit that is none. A GPU that the
+    process has lost (a kernel that failed, an uncorrectable memory error) is named at every later request; only a new
+    process has it again, since nothing brings PyTorch's memory and libraries back to it.
     """
 
     name = "cuda"
     threads = 1
 
-    def __init__(self, device: str = "cuda", memory_limit: int | None = None) -> None:
+    def __init__(self, device: str = "cuda", memory_limit: int | str | None = None) -> None:
+        self._limit = None if memory_limit is None else parse_bytes("cuda", memory_limit)
         self._device = open_device(device)
-        self._limit = memory_limit
         self._host = OnnxRuntimeEngine(self.threads)
         self._models: WeakValueDictionary[tuple[Path, str], DeviceModel] = WeakValueDictionary()
 
     def open(self, path: Path, program: ProgramSpec, sizes: Mapping[str, int]) -> Program:
         if path.stem in ON_HOST:
             return self._host.open(path, program, sizes)
-        return DeviceRun(self._device, self._model(path.parent), path.stem, program, sizes)
+        return DeviceRun(self._device, self._model(path.parent), path.stem, program, sizes, self._limit)
 
     def sampler(self, folder: Path, spec: ArtifactSpec, programs: Programs) -> Sampler:
         return DeviceSampler(spec, self._device, self._model(folder), programs, self._limit)

@@ -381,6 +381,12 @@ def test_bad_devices_and_limits(built: Path) -> None:
     for device in ("meta", "graphics card", "cuda:-1", "", None):
         with pytest.raises(ValueError, match="need cuda, cuda:0 .. or cpu"):
             CudaEngine(device)  # type: ignore[arg-type]
+    for limit in (0, -1, "2 parsecs"):
+        with pytest.raises(ValueError, match=f"memory_limit={limit!r}: need a number of bytes"):
+            CudaEngine(DEVICE, memory_limit=limit)
+    image = np.zeros((16, 32, 16), np.float32)
+    with pytest.raises(ValueError, match="memory_limit=47185920: encode at once takes .*; raise the limit"):
+        load(built, CudaEngine(DEVICE, memory_limit="45MiB")).encode(image)
     with pytest.raises(ValueError, match="memory_limit='2 parsecs': need a number of bytes"):
         volcast.load(built, engine="cuda", memory_limit="2 parsecs")
     with pytest.raises(ValueError, match="only the engine cuda keeps one, not onnxruntime"):

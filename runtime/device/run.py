@@ -22,8 +22,9 @@ class DeviceRun(Program):
     """A program bound to fixed shapes. Outputs are float32 arrays of the caller's."""
 
     def __init__(
-        self, device: Device, model: DeviceModel, name: Any, program: ProgramSpec, sizes: Mapping[str, int]
-    ) -> None:
+        self, device: Device, model: DeviceModel, name: Any, program: ProgramSpec, sizes: Mapping[str, int],
+        memory_limit: int | None,
+    ) -> None:  # fmt: skip
         """Raises ValueError for a program that the device programs lack, and where memory does not suffice."""
         bound = shapes(program, sizes)
         described = model.described({tensor.name: (tensor, bound[tensor.name]) for tensor in program.inputs})
@@ -31,6 +32,12 @@ class DeviceRun(Program):
         with device.errors(), torch.inference_mode():
             model.check(name, described)
             self._executor = Executor(model.program(name), model.weights(name), described, device.torch)
+            taken = model.bytes + self._executor.plan.bytes
+        if memory_limit is not None and taken > memory_limit:
+            raise ValueError(
+                f"[cuda] memory_limit={memory_limit}: {name} at once takes {taken} bytes with the weights; raise the "
+                "limit or give a smaller size; sampling decodes in slabs"
+            )
 
     def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.generic]]:
         with self._device.errors(), torch.inference_mode():
