@@ -11,6 +11,7 @@ import fcntl
 import functools
 import json
 import os
+import shutil
 import signal
 import tempfile
 from collections.abc import Callable
@@ -271,4 +272,16 @@ def default_cache(shared_folder: Any) -> Path:
 def default_artifact_folder(default_cache: Path) -> Path:
     """The bundled hippocampus model, exported in float32. Copy it before a change."""
     (folder,) = (default_cache / "volcast").iterdir()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def built(default_artifact_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model with device programs in float32. Copy it before a change."""
+    from volcast.export.to_cuda import build_cuda
+    from volcast.runtime.spec import Precision
+
+    folder = tmp_path_factory.mktemp("built") / "hippocampus"
+    shutil.copytree(default_artifact_folder, folder)
+    build_cuda(folder, precision=Precision.FP32)
     return folder

@@ -1,13 +1,8 @@
 """The CUDA engine: on a GPU as it ships, elsewhere the same programs, memory plan and C++ loop on the CPU."""
 
-import gc
 import json
 import shutil
-import signal
-import threading
-import weakref
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +13,6 @@ from volcast.export.similarity import ms_ssim, relative_l2
 from volcast.export.to_cuda import build_cuda
 from volcast.runtime.artifact import read_artifact
 from volcast.runtime.atomic import sha256
-from volcast.runtime.device import sampling, step_loop
 from volcast.runtime.device.decoding import Slabs, Whole, open_decoder
 from volcast.runtime.device.model import DeviceModel
 from volcast.runtime.engine_cuda import CudaEngine
@@ -27,25 +21,9 @@ from volcast.runtime.spec import Precision
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL, TINY = (4, 8, 4), (4, 4, 4)
-TASKS = Path("/proc/self/task")
 # Of a whole trajectory in float32: both engines round otherwise in some 350 operators a step (each 2^-24, grown by at
 # most sqrt(operators * steps) where errors are independent), ten times for the network's gain.
 SAME = 10 * 2**-24 * np.sqrt(350 * 50)
-
-
-@pytest.fixture(scope="module")
-def built(default_artifact_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled model with device programs in float32. Copy it before a change."""
-    folder = tmp_path_factory.mktemp("built") / "hippocampus"
-    shutil.copytree(default_artifact_folder, folder)
-    build_cuda(folder, precision=Precision.FP32)
-    return folder
-
-
-def sampler(model: Model) -> sampling.DeviceSampler:
-    found = model._sampler
-    assert isinstance(found, sampling.DeviceSampler)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -138,66 +116,6 @@ def test_previews_show_the_way_and_change_nothing(model: Model, oracle: Model) -
         assert relative_l2(images, wanted[step]) < SAME
 
 
-def test_requests_may_take_turns(model: Model) -> None:
-    """Each batch is decoded while its caller has the one before; the other's request must not write there."""
-    alone = [list(model.sample_many(3, seed, size=TINY, steps=2)) for seed in (11, 12)]
-    turns = zip(*(model.sample_many(3, seed, size=TINY, steps=2) for seed in (11, 12)), strict=True)
-    for number, volumes in enumerate(turns):
-        for one, other in zip(volumes, alone, strict=True):
-            np.testing.assert_array_equal(one.array, other[number].array)
-
-
-def test_samples_run_apart_in_the_memory_of_the_batch(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load(built, CudaEngine(DEVICE))
-    alone = model.sample(14, size=TINY, steps=1).array
-    arenas = []
-
-    def all_apart(network: Any) -> frozenset[str]:
-        arenas.append(network.arena.data_ptr())
-        return frozenset(call.operation.outputs[0] for call in network.calls if call.samples is not None)
-
-    monkeypatch.setattr(step_loop, "find_variant", all_apart)
-    np.testing.assert_array_equal(next(model.sample_many(2, 14, batch=2, size=TINY, steps=1)).array, alone)
-    network = next(reversed(sampler(model)._kept.values())).loop._network
-    assert arenas == [network.arena.data_ptr()] and len(network.per_sample) > 100
-
-
-def test_nothing_runs_on_for_a_caller_who_takes_no_more(model: Model) -> None:
-    volumes = model.sample_many(3, 11, size=TINY, steps=2)
-    next(volumes)
-    assert [one.pending is None for one in sampler(model)._kept.values()].count(False) == 1
-    volumes.close()
-    assert all(one.pending is None for one in sampler(model)._kept.values())
-
-    def fail(done: int, total: int) -> None:
-        if done == 3:  # the first batch is being decoded
-            raise RuntimeError("enough")
-
-    with pytest.raises(RuntimeError, match="enough"):
-        list(model.sample_many(2, 11, size=TINY, steps=2, on_step=fail))
-    assert all(one.pending is None for one in sampler(model)._kept.values())
-
-
-def test_steps_that_nobody_watches_go_out_together(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_loop, "TOGETHER", 4)
-    for steps, launches in [(4, 1), (6, 2)]:  # 3 at once: a divisor of the steps, at most 4
-        watched = model.sample(6, size=TINY, steps=steps, on_step=lambda done, total: None)
-        assert np.array_equal(model.sample(6, size=TINY, steps=steps).array, watched.array)
-        assert next(reversed(sampler(model)._kept.values())).loop._several[1] == launches
-
-
-def test_ctrl_c_needs_no_callback(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_loop, "TOGETHER", 2)
-    with pytest.raises(ZeroDivisionError):  # captured, and let go of after a step
-        model.sample(6, size=TINY, steps=1000, on_step=lambda done, total: 1 // 0)
-    timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        model.sample(6, size=TINY, steps=1000)
-    timer.join()
-    assert 0 < int(next(reversed(sampler(model)._kept.values())).loop.counter[0]) < 1000
-
-
 def test_decode_and_encode(model: Model, oracle: Model) -> None:
     z = np.random.default_rng(0).standard_normal((2, 4, *SMALL)).astype(np.float32)
     image = oracle.decode(z)
@@ -205,9 +123,9 @@ def test_decode_and_encode(model: Model, oracle: Model) -> None:
     assert relative_l2(model.encode(image), oracle.encode(image)) < SAME
 
 
-def test_a_memory_limit_decodes_in_slabs_with_the_whole_s_statistics(built: Path, model: Model) -> None:
+def test_a_memory_limit_decodes_in_slabs_with_the_whole_s_statistics(built: Path) -> None:
     size = (16, 16, 8)
-    whole = model.sample(9, size=size, steps=2)
+    whole = load(built, CudaEngine(DEVICE)).sample(9, size=size, steps=2)
     assert whole.report is not None
     limit = int(0.8 * whole.report.device_bytes)
     bounded = load(built, CudaEngine(DEVICE, memory_limit=limit)).sample(9, size=size, steps=2)
@@ -252,37 +170,6 @@ def test_values_that_are_not_finite_are_named(built: Path) -> None:
     assert np.isfinite(model.sample(0, size=SMALL, steps=2).array).all()
 
 
-@pytest.mark.skipif(not TASKS.exists(), reason="needs Linux's list of threads")
-def test_threads_and_memory_come_to_rest(built: Path) -> None:
-    load(built, CudaEngine(DEVICE)).sample(
-        0, size=(4, 4, 4), steps=2
-    )  # PyTorch's and ONNX Runtime's own pools
-    gc.collect()
-    before = len(list(TASKS.iterdir()))
-    model = load(built, CudaEngine(DEVICE))
-    gc.disable()
-    try:
-        used, kept = set[int](), []
-        for size in [(4, 4, 4), (4, 4, 8), (4, 8, 4), (8, 4, 4)]:
-            model.sample(0, size=size, steps=2)
-            used.add(len(list(TASKS.iterdir())))
-            kept += [
-                weakref.ref(part)
-                for one in sampler(model)._kept.values()
-                for part in (one.loop, one.decoding)
-            ]
-        assert len(used) == 1
-        # Those that were pushed out are gone, with nobody to look for cycles.
-        assert len({part() for part in kept} - {None}) == 4
-        weights = weakref.ref(sampler(model)._model)
-        del model
-        assert weights() is None
-    finally:
-        gc.enable()
-    gc.collect()
-    assert len(list(TASKS.iterdir())) <= before
-
-
 def test_programs_that_are_missing_or_another_s(built: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(built, folder)
@@ -317,58 +204,16 @@ def test_an_engine_shares_weights_but_not_those_of_an_older_build(built: Path, t
     shutil.copytree(built, folder)
     engine = CudaEngine(DEVICE)
     one, other = load(folder, engine), load(folder, engine)
-    assert sampler(one)._model is sampler(other)._model
+    assert one._sampler._model is other._sampler._model
     programs = folder / "engines" / "cuda" / "programs.json"
     programs.write_text(programs.read_text() + " ")
     again = load(folder, engine)
-    assert sampler(again)._model is not sampler(one)._model
+    assert again._sampler._model is not one._sampler._model
     manifest = folder / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"ddim"', '"ddpm"'))  # exported anew, and not built
     programs.write_text(programs.read_text() + " ")
     with pytest.raises(ValueError, match="was built from another export"):
         load(folder, engine)
-
-
-def test_models_open_one_after_the_other(built: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch captures one graph at a time in a process."""
-    open_decoder, inside, most = sampling.open_decoder, [0], [0]
-
-    def slowly(*arguments: Any) -> Any:
-        inside[0] += 1
-        most[0] = max(most[0], inside[0])
-        threading.Event().wait(0.2)  # time for the other
-        inside[0] -= 1
-        return open_decoder(*arguments)
-
-    monkeypatch.setattr(sampling, "open_decoder", slowly)
-    engine, found = CudaEngine(DEVICE), dict[int, Any]()
-    models = [load(built, engine) for _ in range(2)]
-
-    def run(place: int) -> None:
-        found[place] = models[place].sample(13, size=TINY, steps=2).array
-
-    threads = [threading.Thread(target=run, args=[place]) for place in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert most == [1]
-    for place in range(2):
-        np.testing.assert_array_equal(found[place], model.sample(13, size=TINY, steps=2).array)
-
-
-def test_memory_for_the_loop_comes_before_the_noise(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    def too_large(*arguments: Any) -> Any:
-        return torch.empty(2**60, dtype=torch.uint8, device=DEVICE)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sampling, "StepLoop", too_large)
-        patch.setattr(sampling, "first_latent", lambda *arguments: pytest.fail("noise for nothing"))
-        with pytest.raises(
-            ValueError, match=r"\[cuda\] out of memory: .*smaller size or batch, or --memory-limit"
-        ):
-            model.sample(0, size=(4, 4, 12), steps=2)
-    assert np.isfinite(model.sample(0, size=TINY, steps=2).array).all()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -48,7 +48,6 @@ class _Captured:
         """Take the images out, so that others may be made; whoever waits for them finds them, or what went wrong."""
         if self.pending is not None:
             self.pending.settle()
-        self.pending = None
 
 
 @final
@@ -58,26 +57,28 @@ class _Pending:
     def __init__(
         self, captured: _Captured, plan: _core.Plan, samples: NDArray[np.uint64], report: Report
     ) -> None:
-        self.captured = captured
+        self.captured: _Captured | None = captured
         self._plan, self._samples, self._report = plan, samples, report
         self._began = time.perf_counter()
         self._images: Images | None = None
         self._failure: Exception | None = None
 
     def settle(self) -> None:
-        """Wait for the images and copy them."""
-        decoding = self.captured.decoding
+        """Wait for the images and copy them; once. Lets go of the captured loop, which may be in another's way."""
+        captured = self.captured
+        if captured is None:
+            return
         try:
-            self.captured.decoded.synchronize()
-            decoding.check(self._plan, self._samples)
-            self._images = decoding.image.numpy().copy()
+            captured.decoded.synchronize()
+            captured.decoding.check(self._plan, self._samples)
+            self._images = captured.decoding.image.numpy().copy()
         except Exception as error:  # noqa: BLE001  told to whoever asks for the result
             self._failure = error
         self._report = self._report.with_decode(time.perf_counter() - self._began)
+        captured.pending = self.captured = None
 
     def result(self) -> tuple[Images, Report]:
-        if self.captured.pending is self:
-            self.captured.settle()
+        self.settle()
         if self._failure is not None:
             raise self._failure
         assert self._images is not None
@@ -125,8 +126,8 @@ class DeviceSampler(Sampler):
                     finished = pending.result()
                 yield finished
         finally:  # also where the caller takes no more: nothing is left running
-            if pending is not None and pending.captured.pending is pending:
-                pending.captured.settle()
+            if pending is not None:
+                pending.settle()
 
     def _steps(
         self, job: Job, part: range, x0: NDArray[np.float32] | None, watch: Watch, place: tuple[int, int]
@@ -161,13 +162,14 @@ class DeviceSampler(Sampler):
             decode_seconds=0.0,
             peak_bytes=memory.bytes(),
             peak_of_process=memory.since_start_of_process,
-            device_bytes=self._model.bytes + loop.bytes + captured.decoding.bytes,
+            device_bytes=self._bytes(),
         )
         return _Pending(captured, job.plan, samples, report)
 
     def _decode(self, batch: _Pending) -> None:
         """Enqueue it, when the images of the batch before are out of the way."""
         captured = batch.captured
+        assert captured is not None
         captured.settle()
         loop, decoding, decoded = captured.loop, captured.decoding, captured.decoded
         handed = self._device.graphs.event()
@@ -217,19 +219,42 @@ class DeviceSampler(Sampler):
         began = time.perf_counter()
         if key not in self._kept:
             with _opening:
-                while len(self._kept) >= KEPT:
-                    _, oldest = self._kept.popitem(last=False)
-                    oldest.settle()
-                    del oldest
-                self._kept[key] = self._capture(key)
+                self._kept[key] = self._opened(key)
         self._kept.move_to_end(key)
         return self._kept[key], time.perf_counter() - began
+
+    def _opened(self, key: LoopKey) -> _Captured:
+        """Beside those that are kept; where memory does not suffice for that, in their place."""
+        self._let_go(KEPT - 1)
+        captured = None
+        try:
+            captured = self._capture(key)
+        except Exception:  # whatever it is: alone it may go well, or fail again
+            if not self._kept:
+                raise
+        if self._kept and (captured is None or not captured.decoding.previews):
+            captured = None
+            self._let_go(0)
+            captured = self._capture(key)
+        assert captured is not None
+        return captured
+
+    def _let_go(self, most: int) -> None:
+        """Keep `most`; the least recently used go."""
+        while len(self._kept) > most:
+            _, oldest = self._kept.popitem(last=False)
+            oldest.settle()
+            del oldest
+
+    def _bytes(self) -> int:
+        """The device memory of the weights and of all that is kept."""
+        return self._model.bytes + sum(one.loop.bytes + one.decoding.bytes for one in self._kept.values())
 
     def _capture(self, key: LoopKey) -> _Captured:
         spec, model, graphs = self._spec, self._model, self._device.graphs
         steps, decodes = self._streams
         loop = StepLoop(spec, model, graphs, steps, key)
-        taken = model.bytes + loop.bytes
+        taken = self._bytes() + loop.bytes
         if self._limit is None:
             free = self._device.free_bytes()
             left = None if free is None else int(free * (1 - RESERVE))
