@@ -128,7 +128,7 @@ def prepare(selection: Selection, steps: int) -> Ready:
         task=task,
         model={
             "name": spec.name,
-            "precision": spec.precision.value,
+            "precision": str(spec.precision),
             "latent_shape": list(spec.latent_shape),
             **weights,
         },

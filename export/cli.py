@@ -71,37 +71,48 @@ def verify(
         list[str], typer.Option("--condition", "-c", help="As in `volcast sample`; repeatable.")
     ] = [],  # noqa: B006
     guidance: Annotated[float | None, typer.Option(help="Weight of classifier-free guidance.")] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="A float32 artifact in MONAI's place: what int8, fp16 or bf16 costs.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="With --against: seeds compared; left out: 8.")] = None,
     config: Config = None,
     weights: Weights = [],  # noqa: B006
     settings: Settings = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
-    """Compare an artifact with MONAI running its bundle: each network and the whole volume. Exit 1 past a budget."""
+    """Compare an artifact with MONAI running its bundle: each network and the whole volume. Exit 1 past a budget.
+
+    With --against: with a float32 artifact at the same seeds, by MS-SSIM, PSNR and a Fréchet distance.
+    """
     from volcast.runtime.artifact import read_artifact
     from volcast.runtime.condition_text import parse_conditions
     from volcast.runtime.default_artifact import BUNDLE, default_artifact
 
     folder = default_artifact() if artifact is None else artifact
     given = parse_conditions(read_artifact(folder), condition)
-    from .verify import verify as compare
-
-    read = _read(BUNDLE if bundle is None else bundle, config, weights, settings)
+    if against is None and samples is not None:
+        raise ValueError("[verify] --samples is for --against: with MONAI one volume is compared")
+    if against is not None and (bundle is not None or config is not None or weights or settings):
+        raise ValueError(
+            "[verify] --against compares two artifacts: leave the bundle, --config, --weights and --set out"
+        )
     with tqdm(desc="verify", unit="call", file=sys.stderr, disable=None, leave=False) as bar:
 
         def on_step(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        found = compare(
-            folder,
-            read,
-            engine=engine,
-            steps=steps,
-            seed=seed,
-            condition=given,
-            guidance=guidance,
-            on_step=on_step,
-        )
+        common: dict[str, Any] = {"engine": engine, "steps": steps, "seed": seed, "condition": given}
+        common |= {"guidance": guidance, "on_step": on_step}
+        if against is None:
+            from .verify import verify as compare
+
+            read = _read(BUNDLE if bundle is None else bundle, config, weights, settings)
+            found = compare(folder, read, **common)
+        else:
+            from .fidelity import SAMPLES, fidelity
+
+            found = fidelity(folder, against, samples=SAMPLES if samples is None else samples, **common)
     print(json.dumps(found.as_dict()) if as_json else found.as_text())
     if not found.passed:
         raise typer.Exit(1)

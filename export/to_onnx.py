@@ -15,14 +15,12 @@ import onnx_ir
 import torch
 from torch.fx import GraphModule
 
+from volcast.runtime.external_data import EXTERNAL_BYTES
 from volcast.runtime.spec import Precision, TensorSpec
 
 from .graph import inputs, is_free, outputs, symbol
 from .onnx_operators import OPERATORS
 from .onnx_writer import OnnxWriter
-
-EXTERNAL_BYTES = 1_500_000_000
-"""Weights above this go to a file beside the model: protobuf ends at 2 GB."""
 
 Specs = tuple[Sequence[TensorSpec], Sequence[TensorSpec]]
 

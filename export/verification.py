@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Literal, final
 
 from volcast.runtime.spec import Precision
 
@@ -15,20 +15,26 @@ VOLUME = 1e-3
 """DDIM turns x by pi/2 in all (arXiv:2202.00512, Eq. 8: x' = cos x - sin v): STEP pi/2, times 6 for the network's own
 growth of an error."""
 
-MS_SSIM = 0.99
-"""Stored weights make another network within rounding; of its volume we ask that it looks the same."""
+MS_SSIM, MS_SSIM_INT8 = 0.99, 0.97
+"""Stored weights make another network within rounding; of its volume we ask that it looks the same. An int8 network is
+rounded at every layer of every step."""
 
 ROUNDING = {Precision.FP32: 0.0, Precision.FP16: 2.0**-11, Precision.BF16: 2.0**-8}
 """Largest relative error of a stored weight: eps / 2."""
 
 
-def network_budget(precision: Precision, weights: int) -> float:
+def network_budget(precision: Precision | Literal["int8"], weights: int) -> float | None:
     """The largest relative L2 error of a network's output with `weights` stored tensors of two or more axes.
 
-    Rounding changes the output of each of the L layers by eps/2 of it at most, and the layers' errors are
+    None for int8: there the volumes are judged, since what one call loses says little about them. Rounding changes the output of each of the L layers by eps/2 of it at most, and the layers' errors are
     independent, so they add in quadrature: eps/2 sqrt(L), beside what float32 itself gets (STEP).
     """
-    return STEP + ROUNDING[precision] * math.sqrt(weights)
+    return None if precision == "int8" else STEP + ROUNDING[precision] * math.sqrt(weights)
+
+
+def ms_ssim_budget(precision: str) -> float:
+    """The smallest MS-SSIM of a volume of an artifact of this precision."""
+    return MS_SSIM_INT8 if precision == "int8" else MS_SSIM
 
 
 @final

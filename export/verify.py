@@ -20,12 +20,13 @@ from volcast.runtime.noise import request_noise
 from volcast.runtime.programs import Programs
 from volcast.runtime.request import make_request
 from volcast.runtime.sampling import Watch
+from volcast.runtime.sizes import smallest_batch
 from volcast.runtime.spec import ArtifactSpec, ConditionSpec, Precision
 
 from .bundle import Bundle
 from .monai_run import MonaiRun, run_monai
 from .similarity import ms_ssim, psnr, relative_l2
-from .verification import MS_SSIM, VOLUME, Check, Verification, network_budget
+from .verification import VOLUME, Check, Verification, ms_ssim_budget, network_budget
 
 Array = NDArray[np.generic]
 
@@ -62,7 +63,7 @@ def verify(
     _check_fit(spec, bundle)
     steps = bundle.scheduler.steps if steps is None else steps
     request = make_request(spec, seed, {"steps": steps, "guidance": guidance, "compat": "monai-1.6"})
-    samples = range(_smallest_batch(spec))
+    samples = range(smallest_batch(spec))
     job = make_job(spec, request, len(samples), len(samples), condition, None)
     opened = open_engine(engine, threads)
     programs = Programs(artifact, spec, opened)
@@ -90,13 +91,13 @@ def verify(
         watch = Watch(on_step=lambda done, _: on_step(calls + done, 2 * calls))
         sampler = opened.sampler(artifact, spec, programs)
         volume, _ = next(sampler.run(job, [samples], None, watch))
-        checks += _volume_checks(spec.precision, volume, monai.image)
+        checks += _volume_checks(spec, volume, monai.image)
     except ValueError as error:
         # Every argument was checked and every program has run: what is left is a trajectory that is not finite.
         checks += [Check(name="volume", value=math.nan, budget=VOLUME, note=str(error))]
     guided = "" if guidance is None else f", guidance {guidance:g}"
     subject = (
-        f"{spec.name}: {spec.precision.value} weights on {opened.name} against MONAI, "
+        f"{spec.name}: {spec.precision} weights on {opened.name} against MONAI, "
         f"{steps} {bundle.scheduler.scheduler} steps{guided}, seed {seed}"
     )
     return Verification(subject=subject, checks=tuple(checks))
@@ -119,11 +120,6 @@ def _check_fit(spec: ArtifactSpec, bundle: Bundle) -> None:
                 f"[verify] {fact}: {ours} in the artifact {spec.name!r}, {theirs} in the bundle {bundle.name!r}; "
                 "give the bundle (and --set) that the artifact was exported from"
             )
-
-
-def _smallest_batch(spec: ArtifactSpec) -> int:
-    size = next(tensor.shape[0] for tensor in spec.programs["step"].inputs if tensor.name == "x")
-    return size if isinstance(size, int) else spec.axis(size).minimum
 
 
 def _same_weights(spec: ArtifactSpec, bundle: Bundle) -> Check:
@@ -176,7 +172,8 @@ def _autoencoder_checks(
 ) -> list[Check]:
     if bundle.autoencoder is None:
         return []
-    budget = network_budget(spec.precision, _stored(bundle.autoencoder))
+    weights = _stored(bundle.autoencoder)
+    budget = network_budget(spec.precision, weights)
     image = programs.call("decode", {"z": monai.z})["image"]
     checks = [Check(name="decode", value=relative_l2(image, monai.image), budget=budget)]
     if "encode" not in spec.programs:
@@ -188,21 +185,28 @@ def _autoencoder_checks(
     encoded = programs.call("encode", {"image": given})
     with torch.no_grad():
         wanted = bundle.autoencoder.encode(torch.from_numpy(given))  # type: ignore[operator]
+    # An int8 artifact's encoder is float32.
+    budget = network_budget(Precision.FP32 if spec.precision == "int8" else spec.precision, weights)
     for name, words, tensor in zip(("z_mu", "z_sigma"), ("mean", "deviation"), wanted, strict=True):
         value = relative_l2(encoded[name], tensor.numpy())
         checks.append(Check(name=f"encode, {words}", value=value, budget=budget))
     return checks
 
 
-def _volume_checks(precision: Precision, volume: Array, wanted: Array) -> list[Check]:
+def _volume_checks(spec: ArtifactSpec, volume: Array, wanted: Array) -> list[Check]:
     error = relative_l2(volume, wanted)
-    if precision is Precision.FP32:
+    if spec.precision is Precision.FP32:
         return [
             Check(name="volume", value=error, budget=VOLUME),
             Check(name="volume, PSNR in dB", value=psnr(volume, wanted), budget=None),
         ]
     return [
-        Check(name="volume, MS-SSIM", value=ms_ssim(volume, wanted), budget=MS_SSIM, at_least=True),
+        Check(
+            name="volume, MS-SSIM",
+            value=ms_ssim(volume, wanted),
+            budget=ms_ssim_budget(spec.precision),
+            at_least=True,
+        ),
         Check(name="volume, PSNR in dB", value=psnr(volume, wanted), budget=None),
         Check(name="volume, relative L2", value=error, budget=None),
     ]

@@ -25,6 +25,9 @@ _FIELDS = {
 }
 _MAX_DEPTH = 64
 
+EXTERNAL_BYTES = 1_500_000_000
+"""Weights above this go to a file beside the model: protobuf ends at 2 GB."""
+
 
 def external_data(path: Path) -> set[str]:
     """The locations of external data in the ONNX file, as written there.

@@ -99,3 +99,9 @@ def latent_sizes(
         elif name != value:
             raise ValueError(f"[{operation}] size={wanted}: this model was exported for {default} only")
     return wanted, sizes
+
+
+def smallest_batch(spec: ArtifactSpec) -> int:
+    """How few samples a call of the network may hold: 1, but for a model exported with a larger smallest batch."""
+    size = next(tensor.shape[0] for tensor in spec.programs["step"].inputs if tensor.name == "x")
+    return size if isinstance(size, int) else spec.axis(size).minimum

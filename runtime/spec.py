@@ -172,11 +172,12 @@ class ArtifactSpec(Frozen):
 
     `latent_shape` is `(C, *spatial)` at the default size (of the volume itself for a pixel-space model, which has
     no `decode`); `spacing_mm` is the voxel size of the decoded volume.
+    With `precision` int8 most layers compute in it, as `volcast quantize` writes them; the rest is float32.
     """
 
     format: Annotated[int, Field(ge=1, le=FORMAT)]
     name: Annotated[str, Field(min_length=1, max_length=200)]
-    precision: Precision
+    precision: Precision | Literal["int8"]
     axes: tuple[Axis, ...]
     programs: dict[Literal["schedule", "prepare", "step", "decode", "encode"], ProgramSpec]
     scheduler: SchedulerSpec

@@ -17,6 +17,7 @@ COMMANDS = {
     "verify": "volcast.export.cli",
     "info": "volcast.runtime.cli",
     "pack": "volcast.export.pack_cli",
+    "quantize": "volcast.export.quantize_cli",
     "bench": "volcast.benchmarks.cli",
 }
 
@@ -69,7 +70,14 @@ def app(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except ModuleNotFoundError as error:
-        extras = {"export": "export", "build": "export,kernels", "verify": "export", "bench": "bench", "pack": "export"}
+        extras = {
+            "export": "export",
+            "build": "export,kernels",
+            "verify": "export",
+            "bench": "bench",
+            "pack": "export",
+            "quantize": "export",
+        }
         extra = extras.get(_command(arguments))
         if extra is None:
             raise
