@@ -1,6 +1,7 @@
 """The CUDA engine: on a GPU as it ships, elsewhere the same programs, memory plan and C++ loop on the CPU."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from volcast.export.similarity import ms_ssim, relative_l2
 from volcast.export.to_cuda import build_cuda
 from volcast.runtime.artifact import read_artifact
 from volcast.runtime.atomic import sha256
+from volcast.runtime.device import memory, slab_simulation
 from volcast.runtime.device.decoding import Slabs, Whole, open_decoder
 from volcast.runtime.device.model import DeviceModel
 from volcast.runtime.engine_cuda import CudaEngine
@@ -146,6 +148,22 @@ def test_the_whole_is_decoded_where_it_just_fits(built: Path) -> None:
     assert isinstance(open_decoder(spec, model, latent, whole.bytes), Whole)
     less = open_decoder(spec, model, latent, whole.bytes - 1)
     assert isinstance(less, Slabs) and less.bytes < whole.bytes
+
+
+def test_a_volume_past_32_bits_is_decoded_in_slabs(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, model = read_artifact(built), DeviceModel(built, torch.device(DEVICE))
+    latent = (4, *SMALL)
+    given = model.described({"z": (spec.programs["decode"].inputs[0], (1, *latent))})
+    shapes = memory.shapes(model.program("decode"), model.weights("decode"), given)
+    largest = max(math.prod(shape) for shape, _ in shapes.values())
+    # As if the largest tensor just had 2^31 elements, and then one less.
+    monkeypatch.setattr(slab_simulation, "MOST_ELEMENTS", largest)
+    cut = open_decoder(spec, model, latent, None)
+    monkeypatch.setattr(slab_simulation, "MOST_ELEMENTS", largest + 1)
+    whole = open_decoder(spec, model, latent, None)
+    assert isinstance(cut, Slabs) and isinstance(whole, Whole)
+    z = torch.randn(1, *latent, device=model.device)
+    assert relative_l2(cut(z).cpu().numpy(), whole(z).cpu().numpy()) < 1e-5
 
 
 @pytest.mark.parametrize("precision", [Precision.FP16, Precision.BF16])

@@ -14,7 +14,7 @@ from torch import Tensor
 from volcast import _core
 from volcast.runtime.spec import ArtifactSpec
 
-from . import memory
+from . import memory, slab_simulation
 from .executor import Executor, besides, usual_impl
 from .graphs import Function, Graphs
 from .model import DeviceModel
@@ -114,6 +114,7 @@ def open_decoder(
 ) -> Decoder:
     """The fastest decoder of a latent `C D H W` that takes at most `limit` bytes besides the weights; None: no limit.
 
+    A volume with a tensor of 2^31 elements or more is decoded in slabs: cuBLAS and PyTorch's resize count in 32 bits.
     Raises ValueError, with the least that would do, where even the smallest slabs take more.
     """
     if "decode" not in spec.programs:
@@ -124,7 +125,8 @@ def open_decoder(
     specs = memory.shapes(program, weights, described)
     image = specs["image"]
     _, whole = image_place(plan_order(program, specs)[1], image)
-    if limit is None or whole + besides(program, weights, specs, usual_impl(model.device)) <= limit:
+    fits = limit is None or whole + besides(program, weights, specs, usual_impl(model.device)) <= limit
+    if fits and max(math.prod(shape) for shape, _ in specs.values()) < slab_simulation.MOST_ELEMENTS:
         arena = torch.empty(whole, dtype=torch.uint8, device=model.device)
         return Whole(Executor(program, weights, described, model.device, arena), spec.scale_factor)
     apply = evaluate
@@ -133,7 +135,7 @@ def open_decoder(
 
         apply = FusedApply()
     held = sum(x.nbytes for x in weights.values())
-    room = limit - 4 * math.prod(image[0]) + held
+    room = 2**63 if limit is None else limit - 4 * math.prod(image[0]) + held
     plan = plan_slabs(program, weights, described, room, apply)
     decoder = SlabDecoder(plan, weights, apply)
     return Slabs(decoder, model.dtype, image, plan.peak_bytes - held, spec.scale_factor)

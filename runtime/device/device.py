@@ -112,6 +112,9 @@ def open_device(name: str) -> Device:
             f"[cuda] {torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}: "
             f"need {OLDEST[0]}.{OLDEST[1]} or newer; use --engine onnxruntime"
         )
+    # Products in half precision are summed in float32 to the end: split-K would add its parts in half.
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     return Device(device, CudaGraphs(device))
 
 
