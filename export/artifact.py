@@ -8,10 +8,11 @@ from pathlib import Path
 
 from volcast.runtime.artifact import MANIFEST, digests
 from volcast.runtime.atomic import atomic_folder
-from volcast.runtime.spec import FORMAT, ArtifactSpec, Precision, ProgramSpec
+from volcast.runtime.spec import FORMAT, ArtifactSpec, Precision, ProgramSpec, SlabSpec
 
 from .bundle import Bundle
 from .programs import PASSES, capture_model
+from .slab_program import write_slabs
 from .to_onnx import to_onnx
 
 
@@ -62,6 +63,14 @@ def export_bundle(
                 flops=program.flops,
                 flops_before=program.flops_before,
             )
+        slabs: SlabSpec | None = None
+        if "decode" in programs:
+            progress("slabs")
+            try:
+                channels, *spatial = bundle.latent_shape
+                slabs = write_slabs(temporary / programs["decode"].file, channels, len(spatial))
+            except ValueError as error:  # the artifact is whole without, and `info` says why
+                provenance["slabs"] = str(error)[:200]
         progress("manifest")
         spec = ArtifactSpec(
             format=FORMAT,
@@ -74,6 +83,7 @@ def export_bundle(
             latent_shape=bundle.latent_shape,
             spacing_mm=bundle.spacing_mm,
             conditions=bundle.conditions,
+            slabs=slabs,
             provenance=provenance,
             files=digests(temporary),
         )

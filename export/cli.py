@@ -38,7 +38,7 @@ def export(
     from .artifact import export_bundle
 
     read = _read(bundle, config, weights, settings)
-    stages = ["capture", "schedule", "prepare", "step", "decode", "encode", "manifest"]
+    stages = ["capture", "schedule", "prepare", "step", "decode", "encode", "slabs", "manifest"]
     with tqdm(total=len(stages), desc="export", unit="stage", file=sys.stderr, disable=None) as bar:
 
         def progress(stage: str) -> None:

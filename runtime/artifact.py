@@ -79,7 +79,7 @@ def read_artifact(folder: str | os.PathLike[str]) -> ArtifactSpec:
                 raise ValueError(
                     f"[artifact] {name} was altered or cut short: sha256 {found[:12]}, manifest {digest[:12]}; {_REMEDY}"
                 )
-        for program in spec.programs.values():
+        for program in spec.every_program():
             _check_external_data(spec, program.file, folder / program.file)
     except OSError as error:
         raise ValueError(f"[artifact] cannot read {error.filename or folder}: {error.strerror}") from error

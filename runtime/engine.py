@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from .spec import ArtifactSpec, ProgramSpec
 
 if TYPE_CHECKING:
+    from .footprint import EngineMemory
     from .programs import Programs
     from .sampling import Sampler
 
@@ -38,6 +39,8 @@ class Engine(ABC):
 
     name: str
     threads: int
+    memory: EngineMemory | None = None
+    """How its memory is foretold; None: it is not, and no limit on the host can be kept."""
 
     @abstractmethod
     def open(self, path: Path, program: ProgramSpec, sizes: Mapping[str, int]) -> Program:

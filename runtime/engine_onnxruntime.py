@@ -14,6 +14,8 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from .engine import ON_HOST, Arrays, Engine, Program, check_inputs, failed, unreadable
+from .footprint_onnxruntime import MEMORY
+from .memory import give_back
 from .onnxruntime_provider import PROVIDERS, Provider
 from .spec import ProgramSpec
 
@@ -51,6 +53,7 @@ class OnnxRuntimeEngine(Engine):
         self.name = name
         self.threads = threads
         self._provider = PROVIDERS.get(name)
+        self.memory = MEMORY if self._provider is None else None
         self._devices = [] if self._provider is None else _devices(name, self._provider)
 
     def open(self, path: Path, program: ProgramSpec, sizes: Mapping[str, int]) -> Program:
@@ -92,10 +95,14 @@ class OnnxRuntimeEngine(Engine):
         return options
 
     def _on_cpu(self, path: Path, options: Any) -> Any:
+        # Both cost memory, up to twice as much, and at fixed sizes save no time.
+        options.enable_mem_pattern = options.enable_mem_reuse = False
         try:
-            return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise unreadable(path, self.name, error) from error
+        give_back()
+        return session
 
     def _on(self, provider: Provider, path: Path, options: Any, name: str) -> Any:
         """A session all of whose operators `provider` runs; `name` is the program's in messages."""

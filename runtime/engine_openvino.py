@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .engine import Arrays, Engine, Program, check_inputs, failed, shapes, unreadable
+from .footprint_openvino import MEMORY
+from .memory import give_back
 from .spec import ProgramSpec
 
 
@@ -56,6 +58,7 @@ class OpenVinoEngine(Engine):
     """Runs programs in one stream of `threads` threads, in float32."""
 
     name = "openvino"
+    memory = MEMORY
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
@@ -80,6 +83,8 @@ class OpenVinoEngine(Engine):
             compiled = self._core.compile_model(model, "CPU", self._settings)
         except RuntimeError as error:
             raise unreadable(path, self.name, error) from error
+        del model
+        give_back()
         # OpenVINO merges tensors and keeps all their names, in no order.
         known = [output.get_names() for output in compiled.outputs]
         named = [next((t.name for t in program.outputs if t.name in names), "") for names in known]

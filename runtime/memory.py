@@ -1,7 +1,8 @@
-"""The peak of the process's resident memory."""
+"""The process's resident memory, and what the C library's allocator keeps of it."""
 
 from __future__ import annotations
 
+import ctypes
 import re
 import resource
 import sys
@@ -23,12 +24,33 @@ class PeakMemory:
 
     def bytes(self) -> int:
         """The peak so far, in bytes."""
-        try:
-            found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-        except OSError:
-            found = None
-        if found:
-            return int(found[1]) * 1024
+        found = _status("VmHWM")
+        if found is not None:
+            return found
         # ru_maxrss is in kilobytes on Linux and in bytes on macOS.
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def resident_bytes() -> int:
+    """What is resident now; where that cannot be told, the peak so far."""
+    found = _status("VmRSS")
+    return PeakMemory().bytes() if found is None else found
+
+
+def give_back() -> None:
+    """Free memory that the allocator keeps goes to the operating system: after files were read, programs closed.
+
+    glibc keeps what it freed below memory still in use; elsewhere nothing happens.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
+def _status(name: str) -> int | None:
+    try:
+        found = re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None

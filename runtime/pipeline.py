@@ -17,11 +17,12 @@ from .batching import Batching, Sampling, Turns
 from .default_artifact import default_artifact
 from .engine import Engine
 from .engine_auto import open_engine
+from .host_memory import HostMemory, job_sizes
 from .job import Job, make_job
 from .programs import Programs
 from .request import OnStep, Settings, make_request
 from .sampling import Images, Watch
-from .sizes import whole
+from .sizes import parse_bytes, whole
 from .spec import ArtifactSpec
 from .volume import Volume, centred_affine
 
@@ -45,15 +46,17 @@ def load(
         engine: a name of `EngineName`, "auto" the fastest CPU engine installed (`Model.engine` tells which),
             or an engine of your own making.
         threads: 1..1024; None: one a physical core.
-        memory_limit: bytes, or a text such as "2GiB", that the engine "cuda" may take on the device; a decode that does
-            not fit is done in slabs, exactly. None: what is free.
+        memory_limit: bytes, or a text such as "2GiB": with "cuda" what it may take on the device, else the process's
+            resident memory while it samples. A decode that does not fit is done in slabs, exactly. None: no limit, and
+            on a device what is free.
 
     Raises:
         ValueError: a bad or altered artifact, an unknown or missing engine; one line with the remedy.
     """
     folder = default_artifact() if path is None else Path(path)
     opened = engine if isinstance(engine, Engine) else open_engine(engine, threads, memory_limit)
-    return Model(folder, read_artifact(folder), opened)
+    limit = None if memory_limit is None or engine == "cuda" else parse_bytes("load", memory_limit)
+    return Model(folder, read_artifact(folder), opened, limit)
 
 
 @final
@@ -65,11 +68,15 @@ class Model:
         engine: what runs it: `name`, `threads`.
     """
 
-    def __init__(self, folder: Path, spec: ArtifactSpec, engine: Engine) -> None:
+    def __init__(
+        self, folder: Path, spec: ArtifactSpec, engine: Engine, memory_limit: int | None = None
+    ) -> None:
+        """`memory_limit`: bytes on the host (`HostMemory`)."""
         self.spec = spec
         self.engine = engine
         self._folder = folder
-        self._programs = Programs(folder, spec, engine)
+        self._memory = None if memory_limit is None else _kept(folder, spec, engine, memory_limit)
+        self._programs = Programs(folder, spec, engine, self._memory)
         self._sampler = engine.sampler(folder, spec, self._programs)
         self._batching: Batching | None = None
         self._closed = False
@@ -143,6 +150,8 @@ class Model:
         job, x0, frame = self._job(self.encode, seed, n, batch, condition, size, image, settings)
         every = self._every(preview_every) if on_preview is not None else 0
         watch = Watch(on_step=on_step, on_preview=on_preview, preview_every=every)
+        if self._memory is not None:
+            self._memory.check(job_sizes(self.spec, job, min(n, batch)))
         return self._run(job, n, batch, x0, frame, watch)
 
     def submit(
@@ -173,6 +182,10 @@ class Model:
         with self._starting:
             if self._closed:
                 raise ValueError("[sample] the model is closed; load it again")
+            if self._memory is not None:
+                raise ValueError(
+                    "[sample] memory_limit: submit keeps none on the host; load without, or call sample"
+                )
             if self._batching is None:
                 self._batching = Batching(self._folder, self.spec, self.engine)
             batching = self._batching
@@ -242,3 +255,11 @@ class Model:
             for image in images:
                 array = np.ascontiguousarray(image[0] if image.shape[0] == 1 else image)
                 yield Volume(array, affine, spacing, report)
+
+
+def _kept(folder: Path, spec: ArtifactSpec, engine: Engine, limit: int) -> HostMemory:
+    if engine.memory is None:
+        raise ValueError(
+            f"[load] memory_limit: the memory of {engine.name} is not foretold; use cuda, openvino or onnxruntime"
+        )
+    return HostMemory(folder, spec, engine.memory, limit)

@@ -6,7 +6,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, final
+from typing import TYPE_CHECKING, Literal, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from .engine import Arrays, Engine, Program
 from .sizes import check_size
 from .spec import ArtifactSpec, ProgramSpec
+
+if TYPE_CHECKING:
+    from .host_memory import HostMemory, Opened
 
 ProgramName = Literal["schedule", "prepare", "step", "decode", "encode"]
 
@@ -25,13 +28,18 @@ KEPT = 3
 class Programs:
     """Opens programs of one artifact on demand. Not for two threads at once.
 
-    `open_seconds` is the time that opening has taken so far.
+    Attributes:
+        open_seconds: the time that opening has taken so far.
+        memory: what keeps a limit; one shape of each program stays open then.
     """
 
-    def __init__(self, folder: Path, spec: ArtifactSpec, engine: Engine) -> None:
+    def __init__(
+        self, folder: Path, spec: ArtifactSpec, engine: Engine, memory: HostMemory | None = None
+    ) -> None:
         self._folder = folder
-        self._spec = spec
         self._engine = engine
+        self.memory = memory
+        self._spec = spec
         self._open: dict[ProgramName, OrderedDict[tuple[tuple[str, int], ...], Program]] = {}
         self.open_seconds = 0.0
 
@@ -57,14 +65,30 @@ class Programs:
         if key not in kept:
             for axis, size in key:
                 check_size(name, self._spec.axis(axis), size)
-            began = time.perf_counter()
-            opened = self._engine.open(self._folder / program.file, program, sizes)
-            self.open_seconds += time.perf_counter() - began
-            while len(kept) >= KEPT:
+            while len(kept) >= (KEPT if self.memory is None else 1):
                 kept.popitem(last=False)
-            kept[key] = opened
+            kept[key] = self.open_alone(program, sizes)
         kept.move_to_end(key)
         return kept[key]
+
+    def open_alone(self, program: ProgramSpec, sizes: Mapping[str, int]) -> Program:
+        """A program that is the caller's to keep, with its axes set to `sizes`."""
+        began = time.perf_counter()
+        opened = self._engine.open(self._folder / program.file, program, sizes)
+        self.open_seconds += time.perf_counter() - began
+        return opened
+
+    def opened(self) -> list[Opened]:
+        """What is open but `decode` and `encode`, by name, with its sizes."""
+        return [
+            (name, dict(key))
+            for name, kept in self._open.items() if name not in ("decode", "encode")
+            for key in kept
+        ]  # fmt: skip
+
+    def close(self, name: ProgramName) -> None:
+        """Close every shape of a program."""
+        self._open.pop(name, None)
 
     def call(self, name: ProgramName, given: Arrays) -> dict[str, NDArray[np.generic]]:
         """Run `name` on the inputs that it takes out of `given`, cast to the manifest's dtypes.

@@ -17,7 +17,8 @@ class Report:
     `open_seconds` is what opening engines took (0 when they were open); the other times do not hold it.
     `network_seconds` is the part of `loop_seconds` inside the step program. `peak_bytes` is the peak of the process's
     resident memory during the batch, or since the process began where that cannot be told (`peak_of_process`).
-    `device_bytes`: what the engine reserved on a device of its own: weights, arenas and the sampler's state.
+    `predicted_bytes`: with a memory limit on the host, the peak as it was predicted. `decode_slabs`: in how many slabs each
+    image was decoded, over all passes; 0: whole. `device_bytes`: what the engine reserved on a device of its own: weights, arenas and the sampler's state.
     """
 
     engine: str
@@ -33,6 +34,8 @@ class Report:
     decode_seconds: float
     peak_bytes: int
     peak_of_process: bool
+    predicted_bytes: int = 0
+    decode_slabs: int = 0
     device_bytes: int = 0
 
     @property

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from volcast import _core
 
-from .autoencoder import decode
+from .autoencoder import decode, decode_plan
 from .denoiser import Denoiser, step_inputs
 from .engine import Engine
+from .host_memory import job_sizes
 from .job import Job, stack
 from .memory import PeakMemory
 from .programs import Programs
@@ -134,6 +135,8 @@ class HostSampler(Sampler):
         on_step: Callable[[int, int], None] | None,
     ) -> tuple[Images, Report]:
         programs, spec = self._programs, self._spec
+        limited = programs.memory
+        predicted = 0 if limited is None else limited.check(job_sizes(spec, job, len(part)))
         memory = PeakMemory()
         time = Stopwatch(programs)
         rows = schedule_rows(programs, job)
@@ -161,6 +164,11 @@ class HostSampler(Sampler):
 
         images = decode(spec, programs, x)
         decode_seconds = time.lap()
+        slabs = (
+            0
+            if limited is None or "decode" not in spec.programs
+            else decode_plan(programs, limited, x.shape).slabs
+        )
         return images, Report(
             engine=self._engine.name,
             threads=self._engine.threads,
@@ -175,6 +183,8 @@ class HostSampler(Sampler):
             decode_seconds=decode_seconds,
             peak_bytes=memory.bytes(),
             peak_of_process=memory.since_start_of_process,
+            predicted_bytes=predicted,
+            decode_slabs=slabs,
         )
 
 

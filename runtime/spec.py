@@ -63,13 +63,88 @@ class ProgramSpec(Frozen):
     FLOPs are of one forward pass at batch 1 and the default shape, a multiply-add counted as two.
     """
 
-    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*\.onnx$")]
+    file: Annotated[
+        str, Field(pattern=r"^([A-Za-z0-9_][A-Za-z0-9_.\-]*/)?[A-Za-z0-9_][A-Za-z0-9_.\-]*\.onnx$")
+    ]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     nodes: Annotated[int, Field(ge=0)]
     nodes_before: Annotated[int, Field(ge=0)]
     flops: Annotated[int, Field(ge=0)]
     flops_before: Annotated[int, Field(ge=0)]
+
+
+class SlabValue(Frozen):
+    """A value between two segments: a volume `[1, channels, *(scale * latent size)]`, float32."""
+
+    channels: PositiveInt
+    scale: Annotated[tuple[PositiveInt, ...], Field(min_length=2, max_length=3)]
+
+
+class SlabRead(Frozen):
+    """A segment's input that holds rows of a value: those under the rows it makes, `before` and `after` of them more.
+
+    Rows outside the volume are zeros, with `edge` the nearest row. `mask` names the input `[1, 1, rows, ..]` that is 1
+    for rows inside it and 0 for others.
+    """
+
+    input: Identifier
+    value: Identifier
+    before: Annotated[int, Field(ge=0, le=1024)] = 0
+    after: Annotated[int, Field(ge=0, le=1024)] = 0
+    edge: bool = False
+    mask: Identifier | None = None
+
+
+class SlabNorm(Frozen):
+    """A group norm that a segment begins with: its inputs `mean` and `inverse` `[1, channels, 1, ..]` are every
+    channel's mean and 1 / sqrt(variance + epsilon) of its group, over the whole volume."""
+
+    value: Identifier
+    groups: PositiveInt
+    epsilon: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    mean: Identifier
+    inverse: Identifier
+
+
+class SlabSegment(Frozen):
+    """Makes a value, the program's output `y`, from rows of others; `whole`: from all rows at once.
+
+    With `moments` the outputs `mean` and `variance` `[1, channels, rows, 1, ..]` are those of every row of it.
+    """
+
+    program: ProgramSpec
+    value: Identifier
+    reads: tuple[SlabRead, ...]
+    norms: tuple[SlabNorm, ...] = ()
+    whole: bool = False
+    moments: bool = False
+
+
+class SlabSpec(Frozen):
+    """The decoder once more, in segments that run slab by slab along the first spatial axis, in this order.
+
+    `values` holds the latent as `z` and what each segment makes, the last of them the image.
+    """
+
+    values: dict[Identifier, SlabValue]
+    segments: Annotated[tuple[SlabSegment, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _in_order(self) -> SlabSpec:
+        known, measured = {"z"}, set[str]()
+        for segment in self.segments:
+            missing = {read.value for read in segment.reads} - known
+            missing |= {norm.value for norm in segment.norms} - measured
+            if missing or segment.value in known:
+                raise ValueError(
+                    f"segment {segment.value} is made twice or reads what is not there: {missing}"
+                )
+            known.add(segment.value)
+            measured |= {segment.value} if segment.moments else set()
+        if known != self.values.keys():
+            raise ValueError(f"values {sorted(known ^ self.values.keys())} are not described or not made")
+        return self
 
 
 class NoiseSchedule(Frozen):
@@ -171,7 +246,7 @@ class ArtifactSpec(Frozen):
     """The manifest. `files` holds the sha256 of every other file, by its path inside the artifact.
 
     `latent_shape` is `(C, *spatial)` at the default size (of the volume itself for a pixel-space model, which has
-    no `decode`); `spacing_mm` is the voxel size of the decoded volume.
+    no `decode`); `spacing_mm` is the voxel size of the decoded volume. `slabs` is `decode` cut for little memory.
     With `precision` int8 most layers compute in it, as `volcast quantize` writes them; the rest is float32.
     """
 
@@ -187,6 +262,7 @@ class ArtifactSpec(Frozen):
         tuple[Annotated[float, Field(gt=0, le=1000)], ...], Field(min_length=2, max_length=3)
     ]
     conditions: tuple[ConditionSpec, ...] = ()
+    slabs: SlabSpec | None = None
     provenance: dict[str, str] = {}
     files: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
 
@@ -198,9 +274,9 @@ class ArtifactSpec(Frozen):
         for path in self.files:
             if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)*", path):
                 raise ValueError(f"file {path!r} leaves the artifact's folder or has odd characters")
-        for name, program in self.programs.items():
+        for program in self.every_program():
             if program.file not in self.files:
-                raise ValueError(f"program {name}: file {program.file!r} has no digest")
+                raise ValueError(f"program {program.file!r} has no digest")
         known = {axis.name for axis in self.axes}
         shapes = [t.shape for p in self.programs.values() for t in (*p.inputs, *p.outputs)]
         shapes += [condition.shape for condition in self.conditions]
@@ -210,6 +286,11 @@ class ArtifactSpec(Frozen):
         if len(self.spacing_mm) != len(self.latent_shape) - 1:
             raise ValueError(f"spacing_mm {self.spacing_mm} does not fit latent_shape {self.latent_shape}")
         return self
+
+    def every_program(self) -> list[ProgramSpec]:
+        """The programs, and the segments of `slabs`."""
+        segments = () if self.slabs is None else self.slabs.segments
+        return [*self.programs.values(), *(segment.program for segment in segments)]
 
     def axis(self, name: str) -> Axis:
         """The axis of that name (KeyError if there is none)."""

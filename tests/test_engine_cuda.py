@@ -252,5 +252,3 @@ def test_bad_devices_and_limits(built: Path) -> None:
         load(built, CudaEngine(DEVICE, memory_limit="45MiB")).encode(image)
     with pytest.raises(ValueError, match="memory_limit='2 parsecs': need a number of bytes"):
         volcast.load(built, engine="cuda", memory_limit="2 parsecs")
-    with pytest.raises(ValueError, match="only the engine cuda keeps one, not onnxruntime"):
-        volcast.load(built, engine="onnxruntime", memory_limit="2GiB")

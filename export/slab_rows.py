@@ -1,0 +1,167 @@
+"""Which operators of a decoder's graph work row by row, and how many rows around its own each of them reads.
+
+A row is one position along the first spatial axis: a plane of a volume, a line of an image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from volcast.runtime.liveness import constant_values
+from volcast.runtime.onnx_graph import Node, OnnxGraph
+from volcast.runtime.onnx_shapes import BINARY, UNARY, Sized, sized_values
+
+KEEPS_ZERO = {"Relu", "LeakyRelu", "Gelu", "Tanh", "Identity"}
+PROBES = ((3, 4, 5), (4, 7, 3))
+"""Latent sizes at which values are looked at: what is a multiple of both is one at every size."""
+
+
+@final
+@dataclass(frozen=True)
+class Window:
+    """How an operator's rows depend on rows of its first input: `before` and `after` more of them; `scale` rows of
+    the output stand over one of the input."""
+
+    before: int
+    after: int
+    scale: int
+    edge: bool = False
+
+
+@final
+class GraphRows:
+    """A decoder's graph, from one latent to one image.
+
+    Attributes:
+        values: shape and dtype of every value at the first of `PROBES`.
+        scales: of every volume, by how much each spatial axis is larger than the latent's.
+        constants: values that depend on weights alone.
+    """
+
+    def __init__(self, graph: OnnxGraph, latent_channels: int, axes: int) -> None:
+        """Raises ValueError for a graph with several inputs or outputs, or operators whose sizes are not known."""
+        if len(graph.inputs) != 1 or len(graph.outputs) != 1:
+            raise ValueError("[slabs] a decoder with more inputs or outputs than one cannot be cut")
+        (self.input,), (self.output,) = graph.inputs, graph.outputs
+        self.graph = graph
+        probes = [sizes[:axes] for sizes in PROBES]
+        found = [sized_values(graph, {self.input: (1, latent_channels, *sizes)}) for sizes in probes]
+        self.values = found[0]
+        self.scales = {
+            name: scale
+            for name in found[0]
+            if (scale := _scale([(values[name], sizes) for values, sizes in zip(found, probes, strict=True)]))
+        }
+        self.constants = constant_values(graph)
+        self.maker = {name: place for place, node in enumerate(graph.nodes) for name in node.outputs}
+
+    def window(self, node: Node) -> Window | None:
+        """The window of an operator that reads rows nearby or changes their number; None for any other."""
+        if node.kind == "Conv":
+            kernel, pads = self._kernel(node), node.numbers("pads", (0,))
+            before, after = pads[0], pads[len(pads) // 2]
+            same = node.numbers("strides", (1,))[0] == 1 and before + after == kernel - 1
+            return Window(before, after, 1) if same and kernel > 1 else None
+        if node.kind == "ConvTranspose":
+            kernel, pads, stride = (
+                self._kernel(node),
+                node.numbers("pads", (0,)),
+                node.numbers("strides", (1,))[0],
+            )
+            before, after = pads[0], pads[len(pads) // 2]
+            extra = node.numbers("output_padding", (0,))[0]
+            if kernel + extra != stride + before + after:
+                return None
+            # Row i adds to the rows i * stride - before + (0 .. kernel - 1).
+            return Window((kernel - 1 - before) // stride, (before - 1) // stride + 1, stride)
+        if node.kind == "Resize":
+            return self._resize(node)
+        return None
+
+    def _kernel(self, node: Node) -> int:
+        taps = self.values[node.inputs[1]].shape[2]
+        return node.numbers("dilations", (1,))[0] * (taps - 1) + 1
+
+    def _resize(self, node: Node) -> Window | None:
+        before, after = self.scales.get(node.inputs[0]), self.scales.get(node.outputs[0])
+        scales = self.graph.constants.get(node.inputs[2]) if len(node.inputs) > 2 else None
+        if before is None or after is None or scales is None or after[0] % before[0]:
+            return None
+        ways = (
+            node.attributes.get("mode"),
+            node.attributes.get("coordinate_transformation_mode", "half_pixel"),
+        )
+        rounding = node.attributes.get("nearest_mode", "round_prefer_floor")
+        if ways == ("nearest", "asymmetric") and rounding == "floor":
+            return Window(0, 0, after[0] // before[0])
+        return Window(1, 1, after[0] // before[0], edge=True) if ways == ("linear", "half_pixel") else None
+
+    def is_local(self, node: Node) -> bool:
+        """Whether rows of the output need rows nearby alone."""
+        if any(name not in self.scales for name in node.outputs):
+            return False
+        if node.kind in ("Conv", "ConvTranspose", "Resize"):
+            fixed = all(name in self.constants for name in node.inputs[1:] if name)
+            pointwise = node.kind == "Conv" and self._kernel(node) == 1 and self._keeps_rows(node)
+            return node.inputs[0] in self.scales and fixed and (pointwise or self.window(node) is not None)
+        if node.kind == "GroupNormalization":
+            return node.inputs[0] in self.scales
+        if node.kind == "Concat":
+            rank = len(self.values[node.outputs[0]].shape)
+            return node.number("axis", 0) % rank == 1 and self._spread(node)
+        return node.kind in UNARY | BINARY and self._spread(node)
+
+    def _keeps_rows(self, node: Node) -> bool:
+        return node.numbers("strides", (1,))[0] == 1 and node.numbers("pads", (0,))[0] == 0
+
+    def _spread(self, node: Node) -> bool:
+        """Every input is a volume as large as the output, or a constant that is the same for all rows."""
+        rank = len(self.values[node.outputs[0]].shape)
+        for name in node.inputs:
+            shape = self.values[name].shape if name else ()
+            alike = self.scales.get(name) == self.scales[node.outputs[0]]
+            same_for_all = name in self.constants and (
+                len(shape) < rank - 2 or shape[len(shape) - rank + 2] == 1
+            )
+            if name and not alike and not same_for_all:
+                return False
+        return True
+
+    def is_zero(self, name: str) -> bool:
+        """Whether rows of it are zero where a norm that it comes from is made zero."""
+        place = self.maker.get(name)
+        if place is None:
+            return False
+        node = self.graph.nodes[place]
+        if not self.is_local(node):
+            return False
+        if node.kind == "Mul":
+            return any(self.is_zero(one) for one in node.inputs) and self.is_normed(name)
+        return node.kind == "GroupNormalization" or node.kind in KEEPS_ZERO and self.is_zero(node.inputs[0])
+
+    def is_normed(self, name: str) -> bool:
+        """Whether it comes from norms alone, number by number."""
+        if name in self.constants:
+            return True
+        node = self.graph.nodes[self.maker[name]] if name in self.maker else None
+        if node is None or not self.is_local(node):
+            return False
+        return (
+            node.kind == "GroupNormalization"
+            or node.kind in UNARY | BINARY
+            and all(map(self.is_normed, node.inputs))
+        )
+
+
+def _scale(seen: list[tuple[Sized, tuple[int, ...]]]) -> tuple[int, ...] | None:
+    """By how much a value's spatial sizes are the latent's, at all sizes; None for what is no volume of one sample."""
+    found = set()
+    for value, sizes in seen:
+        spatial = value.shape[2:]
+        if len(value.shape) != len(sizes) + 2 or value.shape[0] != 1 or value.dtype != "float32":
+            return None
+        if any(large % small for large, small in zip(spatial, sizes, strict=True)):
+            return None
+        found.add(tuple(large // small for large, small in zip(spatial, sizes, strict=True)))
+    return found.pop() if len(found) == 1 else None
