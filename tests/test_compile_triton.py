@@ -18,7 +18,8 @@ TENSOR_CORES = {80: "HMMA", 87: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA",
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", CAPABILITIES)
+# 8.7 takes the instructions of 8.0 and has its shared memory.
+@pytest.mark.parametrize("capability", sorted(CAPABILITIES.keys() - {87}))
 def test_every_case_fits_every_device(capability: int, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "triton")
@@ -30,7 +31,8 @@ def test_every_case_fits_every_device(capability: int, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "lines").read_text().splitlines()]
     operations = {line["operation"] for line in lines}
     assert operations == {
-        "group_norm", "attention", "input_head", "output_head", "upsample_convolution", "sampler_step",
+        "group_norm", "layer_norm", "attention", "input_head", "output_head", "upsample_convolution", "pointwise",
+        "sampler_step",
     }  # fmt: skip
     for line in lines:
         assert line["timed"] is None
