@@ -37,6 +37,9 @@ def load(
     engine: str | Engine = "auto",
     threads: int | None = None,
     memory_limit: int | str | None = None,
+    *,
+    active: int = 64,
+    queue: int = 256,
 ) -> Model:
     """Open the artifact in the folder `path`. Runs no code from it, and imports torch for the engine "cuda" alone.
 
@@ -47,13 +50,15 @@ def load(
         threads: 1..1024; None: one a physical core.
         memory_limit: bytes, or a text such as "2GiB", that the engine "cuda" may take on the device; a decode that does
             not fit is done in slabs, exactly. None: what is free.
+        active: samples of `submit` that take turns.
+        queue: how many more of them may wait.
 
     Raises:
         ValueError: a bad or altered artifact, an unknown or missing engine; one line with the remedy.
     """
     folder = default_artifact() if path is None else Path(path)
     opened = engine if isinstance(engine, Engine) else open_engine(engine, threads, memory_limit)
-    return Model(folder, read_artifact(folder), opened)
+    return Model(folder, read_artifact(folder), opened, active=active, queue=queue)
 
 
 @final
@@ -65,10 +70,13 @@ class Model:
         engine: what runs it: `name`, `threads`.
     """
 
-    def __init__(self, folder: Path, spec: ArtifactSpec, engine: Engine) -> None:
+    def __init__(
+        self, folder: Path, spec: ArtifactSpec, engine: Engine, *, active: int = 64, queue: int = 256
+    ) -> None:
         self.spec = spec
         self.engine = engine
         self._folder = folder
+        self._limits = {"active": active, "queue": queue}
         self._programs = Programs(folder, spec, engine)
         self._sampler = engine.sampler(folder, spec, self._programs)
         self._batching: Batching | None = None
@@ -174,7 +182,7 @@ class Model:
             if self._closed:
                 raise ValueError("[sample] the model is closed; load it again")
             if self._batching is None:
-                self._batching = Batching(self._folder, self.spec, self.engine)
+                self._batching = Batching(self._folder, self.spec, self.engine, **self._limits)
             batching = self._batching
         job, x0, frame = self._job(batching.encode, seed, number + 1, 1, condition, size, image, settings)
         every = self._every(preview_every) if on_preview is not None else 0

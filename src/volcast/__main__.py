@@ -18,6 +18,8 @@ COMMANDS = {
     "info": "volcast.runtime.cli",
     "pack": "volcast.export.pack_cli",
     "bench": "volcast.benchmarks.cli",
+    "serve": "volcast.triton_repo.cli",
+    "request": "volcast.runtime.client_cli",
 }
 
 
@@ -69,7 +71,15 @@ def app(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except ModuleNotFoundError as error:
-        extras = {"export": "export", "build": "export,kernels", "verify": "export", "bench": "bench", "pack": "export"}
+        extras = {
+            "export": "export",
+            "build": "export,kernels",
+            "verify": "export",
+            "bench": "bench",
+            "pack": "export",
+            "serve": "serve",
+            "request": "client",
+        }
         extra = extras.get(_command(arguments))
         if extra is None:
             raise
