@@ -119,15 +119,19 @@ class Client:
         import grpc
         from tritonclient.grpc import InferResult
 
-        call = None
+        call, failure = None, None
         try:
             request = self._request(given)
             call = self._stub.ModelStreamInfer(iter([request]), timeout=timeout_s)
             for response in call:
                 if response.error_message:
-                    raise _error(response.error_message)
+                    # Raised at the end: Triton 24.10 keeps a request open for ever whose stream is cut before.
+                    failure = failure or _error(response.error_message)
+                    continue
                 result = InferResult(response.infer_response)
                 yield {one.name: result.as_numpy(one.name) for one in response.infer_response.outputs}
+            if failure is not None:
+                raise failure
         except grpc.RpcError as error:
             raise _rpc_error(error, self._address) from error
         finally:

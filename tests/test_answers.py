@@ -27,14 +27,22 @@ def test_a_volume_comes_back(noise: Volume, form: Format) -> None:
     back = unpack_volume(pack_volume(noise, form))
     # float16 rounds to 11 bits; uint16 to half a step of the range, and its two float32 numbers round to 24 bits.
     wide = np.ptp(noise.array)
-    bound = {"float32": 0, "float16": 2**-11 * np.abs(noise.array).max(), "uint16": wide / 65535 / 2 + 4e-7 * wide}
-    assert np.abs(back.array.astype(np.float64) - noise.array).max() <= bound[form] + (form == "uint16") * 1e-6
+    bound = {
+        "float32": 0,
+        "float16": 2**-11 * np.abs(noise.array).max(),
+        "uint16": wide / 65535 / 2 + 4e-7 * wide,
+    }
+    assert (
+        np.abs(back.array.astype(np.float64) - noise.array).max() <= bound[form] + (form == "uint16") * 1e-6
+    )
     np.testing.assert_array_equal(back.affine, noise.affine)
     assert back.spacing_mm == noise.spacing_mm
 
 
 def test_a_constant_volume_has_a_scale() -> None:
-    np.testing.assert_array_equal(unpack_volume(pack_volume(volume(np.full((2, 2, 2), 7.0)), "uint16")).array, 7)
+    np.testing.assert_array_equal(
+        unpack_volume(pack_volume(volume(np.full((2, 2, 2), 7.0)), "uint16")).array, 7
+    )
 
 
 def test_a_file_is_what_save_writes(noise: Volume, tmp_path: Path) -> None:

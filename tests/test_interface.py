@@ -40,7 +40,9 @@ def test_what_is_given_is_read(spec: ArtifactSpec) -> None:
     )  # fmt: skip
     assert (asked.seed, asked.samples, asked.size, asked.priority) == (2**64 - 1, 3, (4, 6, 8), -8)
     assert asked.settings == {"steps": 7, "scheduler": "pndm", "guidance": 2.0, "strength": 0.5}
-    assert asked.condition == {"anterior": 0.25} and asked.image is not None and asked.image.shape == (4, 4, 4)
+    assert (
+        asked.condition == {"anterior": 0.25} and asked.image is not None and asked.image.shape == (4, 4, 4)
+    )
     assert (asked.deadline_s, asked.output_format) == (0.5, "nifti")
 
 

@@ -53,7 +53,9 @@ def opened(gaussian: Path) -> Any:
 
 def given(**values: int | str) -> dict[str, np.ndarray]:
     return {
-        name: as_bytes(value) if isinstance(value, str) else np.array([value], "uint64" if name == "seed" else "int32")
+        name: as_bytes(value)
+        if isinstance(value, str)
+        else np.array([value], "uint64" if name == "seed" else "int32")
         for name, value in values.items()
     }
 
@@ -94,7 +96,10 @@ def test_progress_and_previews_come_before_the_volume(opened: Any) -> None:
 def test_who_has_gone_frees_the_places(opened: Any) -> None:
     model, service = opened
     heard = Heard()
-    service.accept(given(seed=1, num_samples=6, steps=1000, progress_every=1) | {"size": np.array([16] * 3, np.int32)}, heard)
+    service.accept(
+        given(seed=1, num_samples=6, steps=1000, progress_every=1) | {"size": np.array([16] * 3, np.int32)},
+        heard,
+    )
     assert heard.began.wait(60)
     heard.gone = True
     assert heard.ended.wait(60) and heard.ends == [("cancelled", "[request] cancelled")]
@@ -118,7 +123,10 @@ def test_too_much_is_refused_with_a_hint(opened: Any) -> None:
 
 def test_bad_requests_are_told_at_once(opened: Any) -> None:
     _, service = opened
-    for tensors, text in [(given(steps=0), "steps=0"), ({"anterior": np.array([2.0], np.float32)}, "anterior=2")]:
+    for tensors, text in [
+        (given(steps=0), "steps=0"),
+        ({"anterior": np.array([2.0], np.float32)}, "anterior=2"),
+    ]:
         heard = Heard()
         service.accept(tensors, heard)
         assert heard.ended.wait(60) and heard.ends[0][0] == "invalid" and text in heard.ends[0][1]

@@ -111,7 +111,12 @@ def model(gaussian: Path) -> Iterator[Model]:
 
 
 def test_a_volume_has_the_bits_of_sample(served: Served, model: Model) -> None:
-    asked: dict[str, Any] = {"steps": 12, "scheduler": "pndm", "guidance": 2.0, "condition": {"anterior": 0.25}}
+    asked: dict[str, Any] = {
+        "steps": 12,
+        "scheduler": "pndm",
+        "guidance": 2.0,
+        "condition": {"anterior": 0.25},
+    }
     alone = model.sample(3, **asked)
     with served.client() as client:
         for form in ("float32", "float16", "uint16"):
@@ -119,13 +124,22 @@ def test_a_volume_has_the_bits_of_sample(served: Served, model: Model) -> None:
             np.testing.assert_array_equal(volume.affine, alone.affine)
             assert volume.spacing_mm == alone.spacing_mm
             # Half a step of float16's 11 bits, or of 65535 over the range; a little for the scale's own rounding.
-            bound = {"float32": 0, "float16": 2**-11 * np.abs(alone.array).max(), "uint16": 0.51 * np.ptp(alone.array) / 65535}
+            bound = {
+                "float32": 0,
+                "float16": 2**-11 * np.abs(alone.array).max(),
+                "uint16": 0.51 * np.ptp(alone.array) / 65535,
+            }
             assert np.abs(volume.array - alone.array).max() <= bound[form]
 
 
 def test_an_image_and_a_whole_condition_cross(served: Served, model: Model) -> None:
     image = model.sample(1)
-    asked: dict[str, Any] = {"image": image, "strength": 0.5, "steps": 6, "condition": {"context": [[0.1, 0.2, 0.3]]}}
+    asked: dict[str, Any] = {
+        "image": image,
+        "strength": 0.5,
+        "steps": 6,
+        "condition": {"context": [[0.1, 0.2, 0.3]]},
+    }
     with served.client() as client:
         np.testing.assert_array_equal(client.sample(2, **asked).array, model.sample(2, **asked).array)
 
@@ -149,7 +163,11 @@ def test_progress_and_previews_arrive_in_order(served: Served) -> None:
             on_preview=lambda done, volume: previews.append((done, volume.array.shape)),
         )  # fmt: skip
     assert steps == sorted(steps) and steps[-1] == (120, 120)
-    assert previews and {one for one, _ in previews} <= {20, 40} and {shape for _, shape in previews} == {(8, 12, 8)}
+    assert (
+        previews
+        and {one for one, _ in previews} <= {20, 40}
+        and {shape for _, shape in previews} == {(8, 12, 8)}
+    )
     assert (first.array != second.array).any()
 
 
@@ -186,7 +204,7 @@ def test_bad_requests_are_refused_by_name_and_the_server_lives(served: Served) -
         with pytest.raises(ValueError, match="output_format='png'"):
             list(client.answers(given))
         assert client.sample(1, steps=2).array.shape == (8, 12, 8)
-    assert sum("restarting" in line for line in served.lines) == 0
+    assert not [line for line in served.lines if "restarting" in line], "".join(served.lines)
     with Client("127.0.0.1:1", tries=1) as nobody, pytest.raises(Unavailable, match="127.0.0.1:1"):
         nobody.sample(1)
 
@@ -195,7 +213,9 @@ def test_curl_gets_a_file(served: Served, model: Model, tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{served.http}/v2/models/gaussian/generate"
 
     def post(body: dict[str, Any]) -> dict[str, Any]:
-        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()), timeout=60) as answer:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, json.dumps(body).encode()), timeout=60
+        ) as answer:
             return json.load(answer)  # type: ignore[no-any-return]
 
     path = tmp_path / "out.nii.gz"
@@ -225,7 +245,7 @@ def test_too_much_is_refused_with_a_hint(gaussian: Path) -> None:
             assert client.sample(1, steps=2).array.shape == (8, 12, 8)
         assert small.shared_memory()
         # A second server on its ports is refused, and the first stays.
-        again = subprocess.run([*small.process.args[:6], *small.process.args[6:]], capture_output=True, text=True, check=False)  # type: ignore[index]
+        again = subprocess.run(small.process.args, capture_output=True, text=True, check=False)
         assert again.returncode == 2 and "in use" in again.stderr
         children = small.processes("triton")
         assert len(children) >= 2

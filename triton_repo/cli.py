@@ -33,22 +33,23 @@ def serve(
     """Serve an artifact with NVIDIA Triton Inference Server on this machine's loopback address."""
     from volcast.export.triton_config import Serving, model_name, write_model
     from volcast.runtime.artifact import read_artifact
-    from volcast.runtime.default_artifact import default_artifact
+    from volcast.runtime.default_artifact import NAME, default_artifact
 
     from .installation import find_installation
     from .supervisor import Ports, Supervisor
 
     folder = (artifact or default_artifact()).resolve()
     spec = read_artifact(folder)
+    name = NAME if artifact is None else model_name(spec)
     serving = Serving(artifact=str(folder), engine=engine, threads=threads, active=active, queue=queue)
     ports = Ports(http=http_port, grpc=grpc_port, metrics=metrics_port)
     with tempfile.TemporaryDirectory(prefix="volcast-serve-") as scratch:
         installation = find_installation(Path(scratch), tritonserver)
         repository = Path(scratch) / "models"
         repository.mkdir()
-        write_model(repository, model_name(spec), spec, serving)
+        write_model(repository, name, spec, serving)
         supervisor = Supervisor(
-            installation, repository, model_name(spec), ports,
+            installation, repository, name, ports,
             lambda line: typer.echo(f"volcast: {line}", err=True), drain_s=drain,
         )  # fmt: skip
         for number in (signal.SIGINT, signal.SIGTERM):

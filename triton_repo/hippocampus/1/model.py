@@ -8,6 +8,7 @@ import ctypes
 import json
 import os
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
@@ -43,29 +44,34 @@ def tensor(name: str, value: Array) -> Any:
 
 @final
 class Sender(Reply):
-    """Sends nothing but the end to a caller who has gone: Triton 24.10 would keep the request open for ever."""
+    """Triton 24.10 dies of a question about a request that has ended, and keeps one open for ever whose caller has gone
+    and is still sent to: hence the lock, and nothing but the end for who has gone."""
 
     def __init__(self, request: Any) -> None:
         self._sender = request.get_response_sender()
+        self._lock, self._ended = threading.RLock(), False
 
     def send(self, tensors: Mapping[str, Array]) -> None:
         outputs = [tensor(name, value) for name, value in tensors.items()]
-        if not self.cancelled():
-            self._sender.send(pb_utils.InferenceResponse(outputs))
+        with self._lock:
+            if not self.cancelled():
+                self._sender.send(pb_utils.InferenceResponse(outputs))
 
     def finish(self) -> None:
-        self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        with self._lock:
+            self._ended = True
+            self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def fail(self, reason: Reason, text: str) -> None:
-        if self.cancelled():
-            self.finish()
-            return
         error = pb_utils.TritonError(text, getattr(pb_utils.TritonError, CODES[reason]))
-        response = pb_utils.InferenceResponse(error=error)
-        self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        with self._lock:
+            if not self.cancelled():
+                self._sender.send(pb_utils.InferenceResponse(error=error))
+            self.finish()
 
     def cancelled(self) -> bool:
-        return bool(self._sender.is_cancelled())
+        with self._lock:
+            return not self._ended and bool(self._sender.is_cancelled())
 
 
 @final
