@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import pytest
 
+from volcast.runtime.engine import Arrays, Engine, Program
+from volcast.runtime.engine_onnxruntime import OnnxRuntimeEngine
 from volcast.runtime.interface import as_bytes, text_of
 from volcast.runtime.pipeline import load
 from volcast.runtime.service import Reason, Reply, Service
+from volcast.runtime.spec import ProgramSpec
 
 
 class Heard(Reply):
@@ -43,9 +46,34 @@ class Heard(Reply):
         return [text_of(one["kind"]) for one in self.sent]
 
 
+@final
+class Gated(Engine):
+    """ONNX Runtime whose steps wait for `gate`."""
+
+    name, threads = "gated", 1
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def open(self, path: Path, program: ProgramSpec, sizes: Mapping[str, int]) -> Program:
+        opened = OnnxRuntimeEngine(1).open(path, program, sizes)
+        return GatedProgram(opened, self.gate) if path.stem == "step" else opened
+
+
+@final
+class GatedProgram(Program):
+    def __init__(self, program: Program, gate: threading.Event) -> None:
+        self._program, self._gate = program, gate
+
+    def __call__(self, inputs: Arrays) -> dict[str, np.ndarray]:
+        assert self._gate.wait(60)
+        return self._program(inputs)
+
+
 @pytest.fixture
 def opened(gaussian: Path) -> Any:
-    model = load(gaussian, engine="onnxruntime", active=2, queue=4)
+    model = load(gaussian, engine=Gated(), active=2, queue=4)
     service = Service(model, most=6)
     yield model, service
     service.close()
@@ -93,32 +121,45 @@ def test_progress_and_previews_come_before_the_volume(opened: Any) -> None:
     assert all(one["volume_float16"].shape == (8, 12, 8) for one in heard.sent if "affine" in one)
 
 
+def held(model: Any, service: Service, samples: int) -> Heard:
+    """A request of many samples that cannot step until the gate opens; all have been submitted or refused."""
+    first, heard = Heard(), Heard()
+    service.accept(given(seed=1, steps=2), first)  # opens the programs, which takes calls
+    assert first.ended.wait(60)
+    model.engine.gate.clear()
+    service.accept(given(seed=1, num_samples=samples, steps=1000), heard)
+    until(lambda: model._batching.stats().submitted == 1 + min(samples, 6))
+    return heard
+
+
+def until(true: Callable[[], bool]) -> None:
+    for _ in range(6000):
+        if true():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not happen within a minute")
+
+
 def test_who_has_gone_frees_the_places(opened: Any) -> None:
     model, service = opened
-    heard = Heard()
-    service.accept(
-        given(seed=1, num_samples=6, steps=1000, progress_every=1) | {"size": np.array([16] * 3, np.int32)},
-        heard,
-    )
-    assert heard.began.wait(60)
+    heard = held(model, service, 6)
     heard.gone = True
+    (request,) = service._open.values()
+    until(lambda: request.error is not None)
+    model.engine.gate.set()
     assert heard.ended.wait(60) and heard.ends == [("cancelled", "[request] cancelled")]
-    assert "volume" not in heard.kinds()
-    after = Heard()
-    service.accept(given(seed=1, steps=2), after)
-    assert after.ended.wait(60) and after.ends == [("done", "")]
-    assert model._batching.stats().cancelled == 6
+    assert not heard.sent and model._batching.stats().cancelled == 6
 
 
 def test_too_much_is_refused_with_a_hint(opened: Any) -> None:
     model, service = opened
-    heard = Heard()
-    service.accept(given(num_samples=7, steps=500), heard)
-    assert heard.ended.wait(60)
+    heard = held(model, service, 7)
+    until(lambda: model._batching.stats().refused == 1)
+    model.engine.gate.set()
+    assert heard.ended.wait(60) and not heard.sent
     ((reason, text),) = heard.ends
     assert reason == "unavailable" and "retry in" in text
-    stats = model._batching.stats()
-    assert stats.refused == 1 and not heard.sent
+    assert model._batching.stats().cancelled == 6
 
 
 def test_bad_requests_are_told_at_once(opened: Any) -> None:
