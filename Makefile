@@ -5,6 +5,8 @@ BIN := $(ENV)/bin
 # PyPI's torch for Linux brings several GB of CUDA; this index has the CPU build.
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# The server's binary, for x86-64 with glibc 2.35 or newer; its dependencies are those of a Python part that stays unused.
+TRITONSERVER ?= nvidia-pytriton==0.7.0
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --retries 2
 BUNDLE := src/volcast/models/hippocampus
 SAMPLE := $(BIN)/volcast sample demo/artifact --steps 50 --guidance 2 --seed 1
@@ -22,6 +24,7 @@ $(ENV)/ready: setup.py pyproject.toml $(wildcard csrc/*)
 $(ENV)/dev: $(ENV)/ready
 	@echo "== what the tests need"
 	$(PIP) -e ".[dev]"
+	$(PIP) --no-deps "$(TRITONSERVER)"
 	@touch $@
 
 demo: $(ENV)/ready

@@ -11,7 +11,7 @@ ParallelCompile("VOLCAST_BUILD_JOBS", default=0).install()
 setup(
     packages=find_packages("src"),
     package_dir={"": "src"},
-    package_data={"volcast": ["py.typed", "*.pyi", "models/**/*", "kernels/*.json"]},
+    package_data={"volcast": ["py.typed", "*.pyi", "models/**/*", "kernels/*.json", "triton_repo/**/*"]},
     ext_modules=[
         Pybind11Extension(
             "volcast._core",

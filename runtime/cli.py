@@ -70,7 +70,7 @@ def sample(
     from .sizes import parse_sizes
     from .volume import read_nifti
 
-    outputs = _outputs(output, count, png)
+    outputs = output_files(output, count, png)
     latent = parse_sizes("sample", size)
     start = None if image is None else read_nifti(image)
     model = load(artifact, engine, threads, memory_limit)
@@ -89,7 +89,7 @@ def sample(
     conditions = parse_conditions(model.spec, condition or ())
     lines: list[dict[str, Any] | str] = []
     shown: list[Volume] = []
-    with _progress(shown=not quiet and (sys.stderr.isatty() or not as_json)) as on_step:
+    with progress(shown=not quiet and (sys.stderr.isatty() or not as_json)) as on_step:
         volumes = model.sample_many(
             count,
             seed,
@@ -129,7 +129,7 @@ def info(artifact: Artifact = None, as_json: AsJson = False) -> None:
     typer.echo(json.dumps(describe.as_dict(spec, folder)) if as_json else describe.as_text(spec, folder))
 
 
-def _outputs(output: Path, count: int, png: Path | None) -> list[Path]:
+def output_files(output: Path, count: int, png: Path | None) -> list[Path]:
     from .picture import check_png_path
     from .volume import check_nifti_path
 
@@ -149,7 +149,7 @@ def _outputs(output: Path, count: int, png: Path | None) -> list[Path]:
 
 
 @contextmanager
-def _progress(shown: bool) -> Iterator[Callable[[int, int], None]]:
+def progress(shown: bool) -> Iterator[Callable[[int, int], None]]:
     from tqdm import tqdm
 
     with tqdm(

@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 from .spec import ArtifactSpec
 
 
-def parse_conditions(spec: ArtifactSpec, texts: Iterable[str]) -> dict[str, float | NDArray[np.generic]]:
+def parse_conditions(
+    spec: ArtifactSpec | None, texts: Iterable[str]
+) -> dict[str, float | NDArray[np.generic]]:
     """The mapping that `Model.sample(condition=...)` takes.
 
     One number is a field's value; numbers with commas fill a whole condition in row order; `@path` reads a `.npy`
-    file (never a pickle).
+    file (never a pickle). Without a spec (a server has it) numbers with commas stay in one row.
 
     Raises:
         ValueError: no "=", a name given twice, a text that is not a number, an unreadable file.
@@ -33,14 +35,15 @@ def parse_conditions(spec: ArtifactSpec, texts: Iterable[str]) -> dict[str, floa
     return values
 
 
-def _numbers(spec: ArtifactSpec, name: str, text: str) -> float | NDArray[np.generic]:
+def _numbers(spec: ArtifactSpec | None, name: str, text: str) -> float | NDArray[np.generic]:
     try:
         numbers = [float(part) for part in text.split(",")]
     except ValueError as error:
         raise ValueError(
             f"[condition] {name}={text}: not a number, nor numbers with commas between"
         ) from error
-    shape = next((condition.shape for condition in spec.conditions if condition.name == name), None)
+    conditions = () if spec is None else spec.conditions
+    shape = next((condition.shape for condition in conditions if condition.name == name), None)
     if shape is None and len(numbers) == 1:
         return numbers[0]
     array = np.array(numbers)

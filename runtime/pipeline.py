@@ -38,6 +38,9 @@ def load(
     engine: str | Engine = "auto",
     threads: int | None = None,
     memory_limit: int | str | None = None,
+    *,
+    active: int = 64,
+    queue: int = 256,
 ) -> Model:
     """Open the artifact in the folder `path`. Runs no code from it, and imports torch for the engine "cuda" alone.
 
@@ -49,6 +52,8 @@ def load(
         memory_limit: bytes, or a text such as "2GiB": with "cuda" what it may take on the device, else the process's
             resident memory while it samples. A decode that does not fit is done in slabs, exactly. None: no limit, and
             on a device what is free.
+        active: samples of `submit` that take turns.
+        queue: how many more of them may wait.
 
     Raises:
         ValueError: a bad or altered artifact, an unknown or missing engine; one line with the remedy.
@@ -56,7 +61,7 @@ def load(
     folder = default_artifact() if path is None else Path(path)
     opened = engine if isinstance(engine, Engine) else open_engine(engine, threads, memory_limit)
     limit = None if memory_limit is None or engine == "cuda" else parse_bytes("load", memory_limit)
-    return Model(folder, read_artifact(folder), opened, limit)
+    return Model(folder, read_artifact(folder), opened, limit, active=active, queue=queue)
 
 
 @final
@@ -69,12 +74,14 @@ class Model:
     """
 
     def __init__(
-        self, folder: Path, spec: ArtifactSpec, engine: Engine, memory_limit: int | None = None
-    ) -> None:
-        """`memory_limit`: bytes on the host (`HostMemory`)."""
+        self, folder: Path, spec: ArtifactSpec, engine: Engine, memory_limit: int | None = None, *,
+        active: int = 64, queue: int = 256,
+    ) -> None:  # fmt: skip
+        """`memory_limit`: bytes on the host (`HostMemory`); `active` and `queue` as `load` says."""
         self.spec = spec
         self.engine = engine
         self._folder = folder
+        self._limits = {"active": active, "queue": queue}
         self._memory = None if memory_limit is None else _kept(folder, spec, engine, memory_limit)
         self._programs = Programs(folder, spec, engine, self._memory)
         self._sampler = engine.sampler(folder, spec, self._programs)
@@ -187,7 +194,7 @@ class Model:
                     "[sample] memory_limit: submit keeps none on the host; load without, or call sample"
                 )
             if self._batching is None:
-                self._batching = Batching(self._folder, self.spec, self.engine)
+                self._batching = Batching(self._folder, self.spec, self.engine, **self._limits)
             batching = self._batching
         job, x0, frame = self._job(batching.encode, seed, number + 1, 1, condition, size, image, settings)
         every = self._every(preview_every) if on_preview is not None else 0

@@ -58,14 +58,25 @@ class Volume:
         import nibabel  # a seventh of what importing volcast would take
 
         path = check_nifti_path(path)
+        image = self._image(description)
+        with atomic_file(path) as temporary:
+            nibabel.save(image, temporary)
+
+    def nifti(self, description: str = "volcast") -> bytes:
+        """What `save` writes to a `.nii` file."""
+        content: bytes = self._image(description).to_bytes()
+        return content
+
+    def _image(self, description: str) -> Any:
+        import nibabel
+
         data = self.channels[0] if self.channels.shape[0] == 1 else np.moveaxis(self.channels, 0, -1)
         image = nibabel.Nifti1Image(data, self.affine, dtype=np.float32)
         image.header.set_xyzt_units("mm", "sec")
         image.set_sform(self.affine, code=1)
         image.set_qform(self.affine, code=1)
         image.header["descrip"] = description.encode("ascii", "replace")[:79]
-        with atomic_file(path) as temporary:
-            nibabel.save(image, temporary)
+        return image
 
 
 def read_nifti(path: str | os.PathLike[str]) -> Volume:

@@ -13,6 +13,8 @@ import torch
 
 from volcast.benchmarks.kernel_report import as_markdown
 from volcast.benchmarks.network_report import as_markdown as networks_as_markdown
+from volcast.runtime.artifact import read_artifact
+from volcast.runtime.interface import inputs, outputs
 
 README = Path(__file__).parent.parent / "README.md"
 DOCS = README.parent / "docs"
@@ -41,7 +43,7 @@ def test_every_file_and_command_it_names_is_there() -> None:
     for name in re.findall(r"\]\(([^)h][^)]*)\)", text) + re.findall(r"^\| `(\w+)/`", text, re.MULTILINE):
         assert (root / name).exists(), name
     commands = set(re.findall(r"^    volcast (\w+)", text, re.MULTILINE))
-    assert commands == {"export", "verify", "sample", "bench", "info", "build"}
+    assert commands == {"export", "verify", "sample", "bench", "info", "build", "serve", "request"}
     makefile = (root / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^    make (\w+)", text, re.MULTILINE):
         assert f"\n{target}:" in makefile
@@ -64,6 +66,16 @@ def test_the_kernels_table_is_what_was_measured() -> None:
     results = README.parent / "benchmarks" / "results" / "kernels.jsonl"
     lines = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
     assert as_markdown(lines) in (DOCS / "kernels.md").read_text(encoding="utf-8")
+
+
+def test_the_served_tensors_are_those_of_the_bundled_model(default_artifact_folder: Path) -> None:
+    spec = read_artifact(default_artifact_folder)
+    own = {name for one in spec.conditions for name in (one.name, *(field.name for field in one.fields))}
+    tensors = [one for one in (*inputs(spec), *outputs(spec)) if one.name not in own]
+    rows = re.findall(
+        r"^\| `\w+` \| \w+ \[.*$", (DOCS / "serving.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert rows == [f"| `{one.name}` | {one.dtype} {list(one.shape)} | {one.text} |" for one in tensors]
 
 
 def test_the_networks_table_is_what_was_counted() -> None:

@@ -11,12 +11,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from volcast.runtime.client import Client as Client
     from volcast.runtime.pipeline import load as load
     from volcast.runtime.volume import Volume as Volume
 
     __version__: str
 
-__all__ = ["Volume", "__version__", "load"]
+__all__ = ["Client", "Volume", "__version__", "load"]
 
 
 def __getattr__(name: str) -> object:
@@ -25,6 +26,10 @@ def __getattr__(name: str) -> object:
         from volcast.runtime.pipeline import load
 
         return load
+    if name == "Client":
+        from volcast.runtime.client import Client
+
+        return Client
     if name == "Volume":
         from volcast.runtime.volume import Volume
 

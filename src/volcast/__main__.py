@@ -19,6 +19,8 @@ COMMANDS = {
     "pack": "volcast.export.pack_cli",
     "quantize": "volcast.export.quantize_cli",
     "bench": "volcast.benchmarks.cli",
+    "serve": "volcast.triton_repo.cli",
+    "request": "volcast.runtime.client_cli",
 }
 
 
@@ -77,6 +79,8 @@ def app(arguments: Sequence[str] | None = None) -> int:
             "bench": "bench",
             "pack": "export",
             "quantize": "export",
+            "serve": "serve",
+            "request": "client",
         }
         extra = extras.get(_command(arguments))
         if extra is None:

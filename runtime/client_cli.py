@@ -1,0 +1,65 @@
+"""`volcast request`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+
+def request(
+    output: Annotated[Path, typer.Option("--output", "-o", help="NIfTI file to write.")] = Path(
+        "sample.nii.gz"
+    ),
+    server: Annotated[str, typer.Option(help="Host and port of its gRPC.")] = "127.0.0.1:8001",
+    model: Annotated[str | None, typer.Option(help="Its name there; left out: the only one.")] = None,
+    count: Annotated[
+        int, typer.Option("--count", "-n", help="Volumes; above 1: OUTPUT_0, OUTPUT_1, ...")
+    ] = 1,
+    seed: Annotated[
+        int | None, typer.Option(help="Sample i takes its noise from (seed, i); left out: drawn.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; left out: the model's own.")] = None,
+    scheduler: Annotated[
+        Literal["ddim", "ddpm", "pndm", "dpm-solver++", "rflow"] | None,
+        typer.Option(help="Left out: the model's own."),
+    ] = None,
+    guidance: Annotated[float | None, typer.Option(help="Weight of classifier-free guidance.")] = None,
+    condition: Annotated[
+        list[str] | None,
+        typer.Option("--condition", "-c", help="name=0.5, name=0.5,0.2 or name=@file.npy; repeatable."),
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="Latent sizes, as 8,12,8.")] = None,
+    image: Annotated[Path | None, typer.Option(help="NIfTI file to start from (image to image).")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="With --image: how far it is noised, up to 1.")
+    ] = None,
+    priority: Annotated[int, typer.Option(help="-8..8, each level doubles the share.")] = 0,
+    timeout: Annotated[float | None, typer.Option(help="Seconds; left out: none.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")] = False,
+) -> None:
+    """Ask a server for volumes and write them as NIfTI."""
+    from .cli import output_files, progress
+    from .client import Client
+    from .condition_text import parse_conditions
+    from .sizes import parse_sizes
+    from .volume import read_nifti
+
+    outputs = output_files(output, count, None)
+    given: dict[str, Any] = {
+        "steps": steps,
+        "scheduler": scheduler,
+        "guidance": guidance,
+        "strength": strength,
+    }
+    start = None if image is None else read_nifti(image)
+    with Client(server, model) as client, progress(shown=not quiet and sys.stderr.isatty()) as on_step:
+        volumes = client.sample_many(
+            count, seed, condition=parse_conditions(None, condition or ()), size=parse_sizes("request", size), image=start,
+            priority=priority, timeout_s=timeout, on_step=None if quiet else on_step, **given,
+        )  # fmt: skip
+    for path, volume in zip(outputs, volumes, strict=True):
+        volume.save(path)
+        typer.echo(f"{path}: {' x '.join(str(one) for one in volume.array.shape)}")

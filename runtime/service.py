@@ -1,0 +1,217 @@
+"""A model as a server offers it: requests as tensors in, progress, previews and volumes as tensors out."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, final
+
+import numpy as np
+
+from volcast import _core
+
+from .answers import pack_volume
+from .batching import Expired, Sampling, Turns
+from .interface import Array, Asked, as_bytes, read_request
+from .pipeline import Model
+from .sampling import Images
+from .volume import Volume, centred_affine
+
+Reason = Literal["invalid", "unavailable", "cancelled", "internal"]
+WATCH_S = 0.01
+"""Between two looks at whether a caller is still there."""
+
+
+class Reply(ABC):
+    """Where the answers of one request go. `finish` or `fail` comes last, once."""
+
+    @abstractmethod
+    def send(self, tensors: Mapping[str, Array]) -> None: ...
+
+    @abstractmethod
+    def finish(self) -> None: ...
+
+    @abstractmethod
+    def fail(self, reason: Reason, text: str) -> None: ...
+
+    @abstractmethod
+    def cancelled(self) -> bool:
+        """Whether the caller has gone."""
+
+
+@dataclass(kw_only=True)
+class _Open:
+    """A request that has not been answered. `parts` counts what may still answer it."""
+
+    asked: Asked
+    reply: Reply
+    seed: int
+    parts: int = 1
+    futures: list[Sampling] = field(default_factory=list)
+    error: BaseException | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def fail(self, error: BaseException) -> None:
+        """The first error is the answer; the samples under way end."""
+        with self.lock:
+            self.error = self.error or error
+            futures = list(self.futures)
+        for future in futures:
+            future.cancel()
+
+
+@final
+class Service:
+    """Answers requests out of `model.submit`. Safe to use from any thread; `close` it."""
+
+    def __init__(self, model: Model, *, most: int = 320) -> None:
+        """At most `most` requests are open at once; a further one is told to come again."""
+        self._model, self._most = model, most
+        self._open: dict[int, _Open] = {}
+        self._known = threading.Lock()
+        self._closed = threading.Event()
+        # Encoding an image or opening a program for a new size takes seconds, which who calls `accept` must not wait.
+        self._starter = ThreadPoolExecutor(1, "volcast starts")
+        self._watcher = threading.Thread(target=self._watch, name="volcast watches", daemon=True)
+        self._watcher.start()
+
+    def accept(self, tensors: Mapping[str, Array], reply: Reply) -> None:
+        """Check a request and queue it; returns at once. `reply` hears all that becomes of it."""
+        try:
+            asked = read_request(self._model.spec, tensors)
+        except ValueError as error:
+            reply.fail("invalid", str(error))
+            return
+        seed = secrets.randbits(64) if asked.seed is None else asked.seed
+        one = _Open(asked=asked, reply=reply, seed=seed)
+        with self._known:
+            full = len(self._open) >= self._most
+            if not full and not self._closed.is_set():
+                self._open[id(one)] = one
+                self._starter.submit(self._start, one)
+                return
+        reply.fail(
+            "unavailable",
+            "[request] the queue is full; retry in 1 s" if full else "[request] the server stops",
+        )
+
+    def close(self) -> None:
+        """Take no more requests, answer those that are open, end every thread and the model."""
+        with self._known:
+            self._closed.set()
+        self._starter.shutdown()
+        self._model.close(drain=True)
+        self._watcher.join()
+
+    def _start(self, one: _Open) -> None:
+        try:
+            for sample in range(one.asked.samples):
+                if one.error is not None:
+                    break
+                with one.lock:
+                    one.parts += 1
+                try:
+                    future = self._submitted(one, sample)
+                except BaseException:
+                    one.parts -= 1  # not the last: this thread's own is left
+                    raise
+                with one.lock:
+                    one.futures.append(future)
+                future.add_done_callback(partial(self._answer, one, sample))
+        except Exception as error:  # noqa: BLE001  (it is the request's answer)
+            one.fail(error)
+        if one.error is not None:
+            one.fail(one.error)  # a sample may have begun after the caller was seen to have gone
+        self._release(one)
+
+    def _submitted(self, one: _Open, sample: int) -> Sampling:
+        asked = one.asked
+
+        def on_step(done: int, total: int) -> None:
+            if done == total or done - told[0] >= asked.progress_every:
+                told[0] = done
+                self._send(one, {**_counts("progress", sample, done), "steps": np.array([total], np.int32)})
+
+        def on_preview(done: int, images: Images) -> None:
+            image = images[0]
+            affine = centred_affine(image.shape[1:], self._model.spec.spacing_mm)
+            array = np.ascontiguousarray(image[0] if image.shape[0] == 1 else image)
+            volume = Volume(array, affine, self._model.spec.spacing_mm)
+            self._send(one, {**_counts("preview", sample, done), **pack_volume(volume, asked.output_format)})
+
+        told = [0]
+        return self._model.submit(
+            one.seed, sample=sample, condition=asked.condition, size=asked.size, image=asked.image,
+            turns=Turns(priority=asked.priority, deadline_s=asked.deadline_s),
+            on_step=on_step if asked.progress_every else None,
+            on_preview=on_preview if asked.preview_every else None, preview_every=asked.preview_every or 1,
+            **asked.settings,
+        )  # fmt: skip
+
+    def _answer(self, one: _Open, sample: int, done: Future[Volume]) -> None:
+        try:
+            volume = done.result(0)
+            seconds = one.futures[sample].seconds
+            if one.error is None:
+                tensors: dict[str, Array] = {
+                    "kind": as_bytes("volume"),
+                    "sample": np.array([sample], np.int32),
+                    "seed": np.array([one.seed], np.uint64),
+                    "seconds": np.array([seconds["steps"], seconds["decode"]], np.float32),
+                    **pack_volume(volume, one.asked.output_format),
+                }
+                one.reply.send(tensors)
+        except (Exception, CancelledError) as error:  # noqa: BLE001  (it is the request's answer)
+            one.fail(error)
+        self._release(one)
+
+    def _release(self, one: _Open) -> None:
+        with one.lock:
+            one.parts -= 1
+            if one.parts:
+                return
+        with self._known:
+            del self._open[id(one)]
+        if one.error is None:
+            one.reply.finish()
+        else:
+            one.reply.fail(*_told(one.error))
+
+    def _send(self, one: _Open, tensors: dict[str, Array]) -> None:
+        if one.error is None:
+            one.reply.send(tensors)
+
+    def _watch(self) -> None:
+        pause = WATCH_S
+        while not (self._closed.wait(pause) and not self._open):
+            began = time.perf_counter()
+            with self._known:
+                requests = list(self._open.values())
+            for one in requests:
+                if one.error is None and one.reply.cancelled():
+                    one.fail(CancelledError("[request] cancelled"))
+            # With many open requests a look costs more: it may take a tenth of one core at most.
+            pause = max(WATCH_S, 10 * (time.perf_counter() - began))
+
+
+def _counts(kind: str, sample: int, step: int) -> dict[str, Any]:
+    return {
+        "kind": as_bytes(kind),
+        "sample": np.array([sample], np.int32),
+        "step": np.array([step], np.int32),
+    }
+
+
+def _told(error: BaseException) -> tuple[Reason, str]:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, _core.Overloaded):
+        return "unavailable", f"{text}; retry in {error.retry_s:.1f} s"
+    if isinstance(error, CancelledError | Expired):
+        return "cancelled" if isinstance(error, CancelledError) else "unavailable", text
+    return "invalid" if isinstance(error, ValueError) else "internal", text

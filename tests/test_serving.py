@@ -1,0 +1,286 @@
+"""The real tritonserver over the closed-form artifact: `volcast serve`, its client, and what it survives."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from volcast.runtime.client import Client, Unavailable
+from volcast.runtime.pipeline import Model, load
+from volcast.runtime.volume import read_nifti
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass
+class Served:
+    """A running `volcast serve`, and the lines it has told."""
+
+    process: subprocess.Popen[str]
+    http: int
+    grpc: int
+    lines: list[str] = field(default_factory=list)
+    news: threading.Condition = field(default_factory=threading.Condition)
+
+    def read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            with self.news:
+                self.lines.append(line)
+                self.news.notify_all()
+
+    def wait(self, text: str, count: int = 1) -> None:
+        with self.news:
+            said = self.news.wait_for(lambda: sum(text in line for line in self.lines) >= count, 60)
+        assert said, "".join(self.lines)
+
+    def client(self, **settings: Any) -> Client:
+        return Client(f"127.0.0.1:{self.grpc}", **settings)
+
+    def shared_memory(self) -> list[Path]:
+        return list(SHARED_MEMORY.glob(f"volcast_{self.process.pid}_*"))
+
+    def processes(self, name: str) -> list[int]:
+        """The ids of the server's processes whose command holds `name`."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                session = int((folder / "stat").read_text().rpartition(")")[2].split()[3])
+                command = (folder / "cmdline").read_bytes().decode()
+            except (OSError, ValueError):
+                continue
+            if name in command and session in self.sessions():
+                found.append(int(folder.name))
+        return found
+
+    def sessions(self) -> set[int]:
+        # A server leads a session of its own; its parent is this process.
+        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        return {int(child) for task in tasks for child in task.read_text().split()}
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def start(artifact: Path, *more: str) -> Served:
+    http, grpc, metrics = free_ports(3)
+    command = [sys.executable, "-m", "volcast", "serve", str(artifact), "--http-port", str(http), "--grpc-port",
+               str(grpc), "--metrics-port", str(metrics), "--engine", "onnxruntime", "--threads", "1", "--drain", "5", *more]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    served = Served(process, http, grpc)
+    threading.Thread(target=served.read, daemon=True).start()
+    return served
+
+
+@pytest.fixture(scope="module")
+def served(gaussian: Path) -> Iterator[Served]:
+    running = start(gaussian)
+    try:
+        running.wait("ready: gaussian")
+        yield running
+    finally:
+        running.process.terminate()
+        running.process.wait(60)
+        running.process.stderr.close()  # type: ignore[union-attr]
+
+
+@pytest.fixture(scope="module")
+def model(gaussian: Path) -> Iterator[Model]:
+    with load(gaussian, engine="onnxruntime", threads=1) as opened:
+        yield opened
+
+
+def test_a_volume_has_the_bits_of_sample(served: Served, model: Model) -> None:
+    asked: dict[str, Any] = {
+        "steps": 12,
+        "scheduler": "pndm",
+        "guidance": 2.0,
+        "condition": {"anterior": 0.25},
+    }
+    alone = model.sample(3, **asked)
+    with served.client() as client:
+        for form in ("float32", "float16", "uint16"):
+            volume = client.sample(3, output_format=form, **asked)
+            np.testing.assert_array_equal(volume.affine, alone.affine)
+            assert volume.spacing_mm == alone.spacing_mm
+            # Half a step of float16's 11 bits, or of 65535 over the range; a little for the scale's own rounding.
+            bound = {
+                "float32": 0,
+                "float16": 2**-11 * np.abs(alone.array).max(),
+                "uint16": 0.51 * np.ptp(alone.array) / 65535,
+            }
+            assert np.abs(volume.array - alone.array).max() <= bound[form]
+
+
+def test_an_image_and_a_whole_condition_cross(served: Served, model: Model) -> None:
+    image = model.sample(1)
+    asked: dict[str, Any] = {
+        "image": image,
+        "strength": 0.5,
+        "steps": 6,
+        "condition": {"context": [[0.1, 0.2, 0.3]]},
+    }
+    with served.client() as client:
+        np.testing.assert_array_equal(client.sample(2, **asked).array, model.sample(2, **asked).array)
+
+
+def test_requests_of_different_steps_run_together(served: Served, model: Model) -> None:
+    def ask(seed: int) -> tuple[int, np.ndarray]:
+        steps = 3 + 17 * seed
+        return steps, client.sample(seed, steps=steps).array
+
+    with served.client() as client, ThreadPoolExecutor(8) as pool:
+        for seed, (steps, array) in enumerate(pool.map(ask, range(8))):
+            np.testing.assert_array_equal(array, model.sample(seed, steps=steps).array)
+
+
+def test_progress_and_previews_arrive_in_order(served: Served) -> None:
+    steps: list[tuple[int, int]] = []
+    previews: list[tuple[int, tuple[int, ...]]] = []
+    with served.client() as client:
+        first, second = client.sample_many(
+            2, 1, steps=60, on_step=lambda done, total: steps.append((done, total)), preview_every=20,
+            on_preview=lambda done, volume: previews.append((done, volume.array.shape)),
+        )  # fmt: skip
+    assert steps == sorted(steps) and steps[-1] == (120, 120)
+    assert (
+        previews
+        and {one for one, _ in previews} <= {20, 40}
+        and {shape for _, shape in previews} == {(8, 12, 8)}
+    )
+    assert (first.array != second.array).any()
+
+
+def test_a_cancelled_request_frees_its_places(served: Served) -> None:
+    class Enough(Exception):
+        pass
+
+    def stop(done: int, total: int) -> None:
+        raise Enough
+
+    with served.client(tries=1) as client:
+        for _ in range(4):  # 64 samples each, of 320 places
+            with pytest.raises(Enough):
+                client.sample_many(64, 1, steps=1000, size=[16, 16, 16], on_step=stop)
+        with pytest.raises(TimeoutError, match="in time"):
+            client.sample_many(64, 1, steps=1000, size=[16, 16, 16], timeout_s=0.2)
+    with served.client() as client:
+        assert client.sample(1, steps=2).array.shape == (8, 12, 8)
+
+
+def test_bad_requests_are_refused_by_name_and_the_server_lives(served: Served) -> None:
+    with served.client() as client:
+        for asked, message in [
+            ({"steps": 0}, "steps=0: need 1..1000"),
+            ({"condition": {"anterior": 2}}, "anterior=2.*need 0..1"),
+            ({"condition": {"front": 2}}, "unknown input 'front'; known: seed"),
+            ({"size": [3, 4, 4]}, "d0=3"),
+            ({"seed": -1}, "seed=-1: need UINT64"),
+            ({"eta": 0.5}, "unknown input 'eta'"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                client.sample(**asked)
+        given = {"output_format": np.frombuffer(b"png", np.uint8)}
+        with pytest.raises(ValueError, match="output_format='png'"):
+            list(client.answers(given))
+        assert client.sample(1, steps=2).array.shape == (8, 12, 8)
+    assert not [line for line in served.lines if "restarting" in line], "".join(served.lines)
+    with Client("127.0.0.1:1", tries=1) as nobody, pytest.raises(Unavailable, match="127.0.0.1:1"):
+        nobody.sample(1)
+
+
+def test_curl_gets_a_file(served: Served, model: Model, tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{served.http}/v2/models/gaussian/generate"
+
+    def post(body: dict[str, Any]) -> dict[str, Any]:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, json.dumps(body).encode()), timeout=60
+        ) as answer:
+            return json.load(answer)  # type: ignore[no-any-return]
+
+    path = tmp_path / "out.nii.gz"
+    path.write_bytes(bytes(post({"seed": 3, "steps": 4, "output_format": list(b"nifti")})["nifti"]))
+    np.testing.assert_array_equal(read_nifti(path).array, model.sample(3, steps=4).array)
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        post({"steps": 0})
+
+
+def test_the_command_line_writes_what_sample_gives(served: Served, model: Model, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "volcast", "request", "--server", f"127.0.0.1:{served.grpc}", "--seed", "4", "-n", "2",
+               "--steps", "5", "-c", "context=0.1,0.2,0.3", "-o", str(tmp_path / "out.nii.gz")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    expected = model.sample_many(2, 4, steps=5, condition={"context": [[0.1, 0.2, 0.3]]})
+    for number, volume in enumerate(expected):
+        np.testing.assert_array_equal(read_nifti(tmp_path / f"out_{number}.nii.gz").array, volume.array)
+
+
+def test_too_much_is_refused_with_a_hint(gaussian: Path) -> None:
+    small = start(gaussian, "--active", "1", "--queue", "2")
+    try:
+        small.wait("ready: gaussian")
+        with small.client(tries=1) as client, pytest.raises(Unavailable, match="retry in"):
+            client.sample_many(64, 1, steps=1000, size=[16, 16, 16])
+        with small.client() as client:
+            assert client.sample(1, steps=2).array.shape == (8, 12, 8)
+        assert small.shared_memory()
+        # A second server on its ports is refused, and the first stays.
+        again = subprocess.run(small.process.args, capture_output=True, text=True, check=False)
+        assert again.returncode == 2 and "in use" in again.stderr
+        children = small.processes("triton")
+        assert len(children) >= 2
+        small.process.send_signal(signal.SIGINT)
+        assert small.process.wait(30) == 0 and any("stopped" in line for line in small.lines)
+        assert not small.shared_memory()
+        assert not [one for one in children if Path(f"/proc/{one}").exists()]
+    finally:
+        small.process.kill()
+        small.process.wait()
+        small.process.stderr.close()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("victim", ["triton_python_backend_stub", "bin/tritonserver"])
+def test_what_is_killed_comes_back(served: Served, model: Model, victim: str) -> None:
+    before = sum("ready:" in line for line in served.lines)
+    with served.client(tries=8) as client, ThreadPoolExecutor(1) as pool:
+        begun = threading.Event()
+        under_way = pool.submit(
+            client.sample_many, 8, 6, steps=1000, size=[16, 16, 16], on_step=lambda *_: begun.set()
+        )
+        assert begun.wait(60)
+        killed = served.processes(victim)
+        assert killed
+        for one in killed:
+            os.kill(one, signal.SIGKILL)
+        served.wait("ready:", before + 1)
+        # The request that was under way is tried again with its seed.
+        volumes = under_way.result(60)
+        assert len(volumes) == 8
+        np.testing.assert_array_equal(client.sample(2, steps=3).array, model.sample(2, steps=3).array)
+    assert len(served.shared_memory()) == 1
+
+
+def test_a_missing_server_is_named(gaussian: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "volcast", "serve", str(gaussian), "--tritonserver", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "pip install --no-deps nvidia-pytriton==0.7.0" in done.stderr

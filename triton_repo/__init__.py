@@ -1,0 +1,1 @@
+"""Serving with NVIDIA Triton Inference Server: the model repository, and what starts and watches a server."""
