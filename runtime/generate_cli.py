@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -125,20 +125,21 @@ def _crew(
 
     recipe: Recipe = generation.recipe(parts.resolve())
     on_cpu = generation.engine in INSTALL
-    crew: Crew
-    if ray is None:
-        from .generate_processes import Processes
+    with ExitStack() as stack:
+        crew: Crew
+        if ray is None:
+            from .generate_processes import Processes
 
-        crew, cores = Processes(recipe), physical_cores()
-    else:
-        from .generate_ray import RayActors
+            crew, cores = Processes(recipe), physical_cores()
+        else:
+            from .generate_ray import RayActors
 
-        crew = RayActors(recipe, ray, gpus=0 if on_cpu else 1)
-        cores = crew.cpus()
-    try:
+            # Ray tells of dead actors on stdout, which may carry --json.
+            stack.enter_context(redirect_stdout(sys.stderr))
+            crew = RayActors(recipe, ray, gpus=0 if on_cpu else 1)
+            cores = crew.cpus()
+        stack.callback(crew.close)
         yield crew, workers or (max(1, cores // generation.threads) if on_cpu else 1)
-    finally:
-        crew.close()
 
 
 def _check(folder: Path, as_json: bool, quiet: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from importlib.util import find_spec
 from typing import Any, final
@@ -19,6 +20,7 @@ class RayActors(Crew):
             raise ValueError("[generate] ray is not installed; pip install 'volcast[ray]'")
         import ray
 
+        _reach(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         self._ray = ray
         self._recipe = recipe
@@ -62,3 +64,16 @@ class RayActors(Crew):
             self._pending = {other: of for other, of in self._pending.items() if of != slot}
             return Died(slot=slot, reason=fault(error)[:200])
         return Ready(slot=slot) if made is None else Finished(slot=slot, made=made)
+
+
+def _reach(address: str) -> None:
+    """Ray itself would try for minutes. A word such as "auto" names no machine and passes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"[generate] ray={address}: no cluster answers there ({error}); start one: ray start --head"
+        ) from error
