@@ -26,7 +26,8 @@ _REMEDIES = {
 }
 
 
-def _one_line(path: Path, error: OSError) -> ValueError:
+def write_error(path: Path, error: OSError) -> ValueError:
+    """The one-line error, with the remedy, for a file or folder that cannot be written."""
     return ValueError(f"[write] {path}: {_REMEDIES.get(error.errno or 0, error.strerror or str(error))}")
 
 
@@ -37,7 +38,8 @@ def _open_mode() -> int:
     return mask
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in `folder` are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -67,9 +69,9 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(stream.fileno())
         os.chmod(temporary, 0o666 & ~_open_mode())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
-        raise _one_line(path, error) from error
+        raise write_error(path, error) from error
     finally:
         with suppress(FileNotFoundError, NotADirectoryError):
             temporary.unlink()
@@ -91,7 +93,7 @@ def atomic_folder(path: str | os.PathLike[str], replace: bool = False) -> Iterat
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{path.name}-", dir=path.parent))
     except OSError as error:
-        raise _one_line(path, error) from error
+        raise write_error(path, error) from error
     old: Path | None = None
     try:
         yield temporary
@@ -102,7 +104,7 @@ def atomic_folder(path: str | os.PathLike[str], replace: bool = False) -> Iterat
                     os.fsync(stream.fileno())
                     # safetensors makes private files, which another user could not serve.
                     os.fchmod(stream.fileno(), os.fstat(stream.fileno()).st_mode & 0o777 | 0o666 & ~mask)
-            _sync_folder(Path(folder))
+            sync_folder(Path(folder))
         os.chmod(temporary, 0o777 & ~mask)
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".old-{path.name}-", dir=path.parent))
@@ -114,9 +116,9 @@ def atomic_folder(path: str | os.PathLike[str], replace: bool = False) -> Iterat
                 os.rename(old, path)
                 old = None
             raise
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
-        raise _one_line(path, error) from error
+        raise write_error(path, error) from error
     finally:
         for rest in (temporary, old):
             if rest is not None:
