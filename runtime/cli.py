@@ -56,7 +56,9 @@ def sample(
     threads: Annotated[int | None, typer.Option(help="Left out: one a physical core.")] = None,
     memory_limit: Annotated[
         str | None,
-        typer.Option(help="Of the GPU, as 4GiB, with --engine cuda; decodes in slabs where it must."),
+        typer.Option(
+            help="As 4GiB: of the process, with --engine cuda of the GPU; decodes in slabs where it must."
+        ),
     ] = None,
     compat: Annotated[Literal["monai-1.6"] | None, typer.Option(help="MONAI 1.6.1's own numbers.")] = None,
     png: Annotated[Path | None, typer.Option(help="Also write a picture of the three middle planes.")] = None,
@@ -113,7 +115,17 @@ def sample(
         typer.echo("\n".join(str(line) for line in lines))
 
 
-def info(artifact: Artifact = None, as_json: AsJson = False) -> None:
+def info(
+    artifact: Artifact = None,
+    memory: Annotated[bool, typer.Option("--memory", help="The memory of each program, foretold.")] = False,
+    size: Annotated[str | None, typer.Option(help="With --memory: latent sizes, as 8,12,8.")] = None,
+    batch: Annotated[int, typer.Option(help="With --memory: samples a network call.")] = 1,
+    engine: Annotated[str, typer.Option(help="With --memory: openvino or onnxruntime; auto: both.")] = "auto",
+    memory_limit: Annotated[
+        str | None, typer.Option(help="With --memory: as 2GiB; how a decode fits in.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Show an artifact (or check a pack): programs, nodes and FLOPs before and after, axes, conditions, provenance."""
     from . import describe
     from .artifact import read_artifact
@@ -126,6 +138,14 @@ def info(artifact: Artifact = None, as_json: AsJson = False) -> None:
         typer.echo(manifest.model_dump_json() if as_json else manifest.as_text())
         return
     spec = read_artifact(folder)
+    if memory:
+        from .describe_memory import memory_rows, memory_text
+        from .sizes import parse_bytes, parse_sizes
+
+        limit = None if memory_limit is None else parse_bytes("info", memory_limit)
+        rows = memory_rows(spec, folder, engine, parse_sizes("info", size), batch, limit)
+        typer.echo(json.dumps(rows) if as_json else memory_text(rows))
+        return
     typer.echo(json.dumps(describe.as_dict(spec, folder)) if as_json else describe.as_text(spec, folder))
 
 

@@ -108,6 +108,11 @@ class HostMemory:
         memory = SlabMemory(self._folder, self._slab_program(sizes), self._engine)
         return search(memory, memory.forced(), memory.values(), (), room)
 
+    def count_slabs(self, sizes: Sizes, passes: Iterable[Pass]) -> int:
+        """Of all passes together."""
+        program = self._slab_program(sizes)
+        return sum(len(program.slabs(one.indices, one.height).starts) for one in passes)
+
     def _plan_decode(self, sizes: Sizes, others: int) -> DecodePlan:
         batch = sizes["batch"]
         whole = DecodePlan(batch=batch, peak=self.footprint("decode", sizes).peak)
@@ -122,13 +127,12 @@ class HostMemory:
         outcome = self.plan_slabs(sizes, room - images)
         self._within(others + min(alone.peak, int(outcome.peak) + images), f"decode of {_shown(sizes)}")
         program = self._slab_program(sizes)
-        counts = [len(program.slabs(one.indices, one.height).starts) for one in outcome.passes]
         return DecodePlan(
             batch=0,
             program=program,
             passes=outcome.passes,
             peak=int(outcome.peak) + images,
-            slabs=sum(counts),
+            slabs=self.count_slabs(sizes, outcome.passes),
         )
 
     def _slab_program(self, sizes: Sizes) -> SlabProgram:

@@ -243,9 +243,7 @@ class Kernel:
         DeviceError: the cubin is for another compute capability (CUDA_ERROR_NO_BINARY_FOR_GPU).
     """
 
-    def __init__(
-        self, driver: Driver, image: bytes, entry: str, threads: int, shared_bytes: int
-    ) -> None: ...
+    def __init__(self, driver: Driver, image: bytes, entry: str, threads: int, shared_bytes: int) -> None: ...
     def launch(self, stream: Stream, grid: tuple[int, int, int], arguments: bytes) -> None:
         """Adds a launch to the stream's work. `arguments`: as the kernel's parameter space has them.
 
