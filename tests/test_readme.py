@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from volcast.__main__ import COMMANDS
 from volcast.benchmarks.kernel_report import as_markdown
 from volcast.benchmarks.network_report import as_markdown as networks_as_markdown
 from volcast.runtime.artifact import read_artifact
@@ -43,7 +44,7 @@ def test_every_file_and_command_it_names_is_there() -> None:
     for name in re.findall(r"\]\(([^)h][^)]*)\)", text) + re.findall(r"^\| `(\w+)/`", text, re.MULTILINE):
         assert (root / name).exists(), name
     commands = set(re.findall(r"^    volcast (\w+)", text, re.MULTILINE))
-    assert commands == {"export", "verify", "sample", "bench", "info", "build", "serve", "request"}
+    assert commands == set(COMMANDS)
     makefile = (root / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^    make (\w+)", text, re.MULTILINE):
         assert f"\n{target}:" in makefile
