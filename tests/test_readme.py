@@ -41,7 +41,7 @@ def test_every_file_and_command_it_names_is_there() -> None:
     for name in re.findall(r"\]\(([^)h][^)]*)\)", text) + re.findall(r"^\| `(\w+)/`", text, re.MULTILINE):
         assert (root / name).exists(), name
     commands = set(re.findall(r"^    volcast (\w+)", text, re.MULTILINE))
-    assert commands == {"export", "verify", "sample", "bench", "info", "build"}
+    assert commands == {"export", "verify", "sample", "generate", "bench", "info", "build"}
     makefile = (root / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^    make (\w+)", text, re.MULTILINE):
         assert f"\n{target}:" in makefile
