@@ -34,7 +34,7 @@ def arguments(artifact: Path, out: Path, *more: object) -> list[str]:
 def start(*words: str, prefix: str = "") -> subprocess.Popen[str]:
     code = f"{prefix}\nimport sys\nfrom volcast.__main__ import app\nsys.exit(app())"
     return subprocess.Popen([sys.executable, "-c", code, *words], text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)  # fmt: skip
+                            stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
 
 
 def files(folder: Path) -> dict[int, str]:
@@ -45,7 +45,7 @@ def files(folder: Path) -> dict[int, str]:
 
 
 def workers_of(process: int) -> list[int]:
-    """The processes that it started and that hold more than one thread: workers, not multiprocessing's tracker."""
+    """The workers that it started; not multiprocessing's tracker."""
     try:
         children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
     except FileNotFoundError:
@@ -127,7 +127,10 @@ def test_killed_and_interrupted_runs_are_taken_up(gaussian: Path, whole: Path, t
             wait_for(lambda number=number: len(_lines(out)) >= number)
             time.sleep(chance.uniform(0, 0.05))
             workers = workers_of(process.pid)
-            process.send_signal(stop)
+            if stop == signal.SIGINT:
+                os.killpg(process.pid, stop)  # as a terminal does: the workers get it too
+            else:
+                process.send_signal(stop)
             _, err = process.communicate(timeout=30)
         assert workers and process.returncode == (130 if stop == signal.SIGINT else -signal.SIGKILL)
         if stop == signal.SIGINT:
@@ -212,7 +215,7 @@ def test_a_sample_that_kills_workers_is_the_last_and_is_told(
 
 
 def test_no_room_is_one_line(gaussian: Path, tmp_path: Path) -> None:
-    # RLIMIT_FSIZE stands for a full disk: a volume takes 3.0 kB here, the description 0.4 kB.
+    # RLIMIT_FSIZE stands for a full disk: a volume takes 0.7 kB here, the description 0.4 kB.
     limit = "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
     limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))"
     out = tmp_path / "set"
