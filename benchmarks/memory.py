@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> None:
         return
     for size in arguments[1:] or ["8,12,8"]:
         for engine in ENGINES:
-            for share in SHARES:
+            for part in SHARES:
                 words = [
                     sys.executable,
                     "-m",
@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> None:
                     arguments[0],
                     engine,
                     size,
-                    str(share),
+                    str(part),
                 ]
                 done = subprocess.run(words, capture_output=True, text=True, check=False)
                 print(

@@ -194,6 +194,7 @@ def _write_manifest(
         update={
             "precision": "int8",
             "programs": programs,
+            "slabs": None if "decode" in models else spec.slabs,  # they are the float32 decoder's
             "provenance": {**spec.provenance, **facts},
             "files": digests(folder),
         }
