@@ -26,8 +26,9 @@ ROUNDING = {Precision.FP32: 0.0, Precision.FP16: 2.0**-11, Precision.BF16: 2.0**
 def network_budget(precision: Precision | Literal["int8"], weights: int) -> float | None:
     """The largest relative L2 error of a network's output with `weights` stored tensors of two or more axes.
 
-    None for int8: there the volumes are judged, since what one call loses says little about them. Rounding changes the output of each of the L layers by eps/2 of it at most, and the layers' errors are
-    independent, so they add in quadrature: eps/2 sqrt(L), beside what float32 itself gets (STEP).
+    None for int8: there the volumes are judged, since what one call loses says little about them. Rounding changes the
+    output of each of the L layers by eps/2 of it at most, and the layers' errors are independent, so they add in
+    quadrature: eps/2 sqrt(L), beside what float32 itself gets (STEP).
     """
     return None if precision == "int8" else STEP + ROUNDING[precision] * math.sqrt(weights)
 

@@ -10,7 +10,7 @@ import re
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 FORMAT = 1
 """Version of the manifest's layout; a reader refuses a newer one."""
@@ -242,6 +242,14 @@ class ConditionSpec(Frozen):
         return self
 
 
+def _known_precision(value: object) -> object:
+    """Before pydantic tries the types of the union one by one, and names each of them in its error."""
+    known = (*Precision, "int8")
+    if value not in known:
+        raise ValueError(f"need one of {', '.join(repr(str(one)) for one in known)}")
+    return value
+
+
 class ArtifactSpec(Frozen):
     """The manifest. `files` holds the sha256 of every other file, by its path inside the artifact.
 
@@ -252,7 +260,7 @@ class ArtifactSpec(Frozen):
 
     format: Annotated[int, Field(ge=1, le=FORMAT)]
     name: Annotated[str, Field(min_length=1, max_length=200)]
-    precision: Precision | Literal["int8"]
+    precision: Annotated[Precision | Literal["int8"], BeforeValidator(_known_precision)]
     axes: tuple[Axis, ...]
     programs: dict[Literal["schedule", "prepare", "step", "decode", "encode"], ProgramSpec]
     scheduler: SchedulerSpec
