@@ -14,18 +14,22 @@ SAMPLE := $(BIN)/volcast sample demo/artifact --steps 50 --guidance 2 --seed 1
 .PHONY: env demo test lint clean
 env: $(ENV)/dev
 
-$(ENV)/ready: setup.py pyproject.toml $(wildcard csrc/*)
-	@echo "== environment: $(ENV), about 1 GB on disk, a few minutes"
+# Once for each of the two, since every editable install compiles the extension again.
+define install
+	@echo "== environment: $(ENV), $(2), a few minutes"
 	$(PYTHON) -m venv $(ENV)
 	$(PIP) --extra-index-url $(TORCH_INDEX) "$(TORCH)"
-	$(PIP) -e ".[bench]"
+	$(PIP) -e ".[$(1)]"
+endef
+
+$(ENV)/ready: setup.py pyproject.toml $(wildcard csrc/*)
+	$(call install,bench,about 1 GB on disk)
 	@touch $@
 
-$(ENV)/dev: $(ENV)/ready
-	@echo "== what the tests need"
-	$(PIP) -e ".[dev]"
+$(ENV)/dev: setup.py pyproject.toml $(wildcard csrc/*)
+	$(call install,dev,with what the tests need: about 3 GB on disk)
 	$(PIP) --no-deps "$(TRITONSERVER)"
-	@touch $@
+	@touch $(ENV)/ready $@
 
 demo: $(ENV)/ready
 	@echo "== export the bundled model (about a minute)"
