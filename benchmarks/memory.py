@@ -16,10 +16,12 @@ import numpy as np
 
 from volcast.runtime.artifact import read_artifact
 from volcast.runtime.autoencoder import decode, decode_plan
-from volcast.runtime.engine_auto import open_engine
+from volcast.runtime.engine_auto import open_engine, physical_cores
 from volcast.runtime.host_memory import HostMemory
 from volcast.runtime.memory import PeakMemory, resident_bytes
 from volcast.runtime.programs import Programs
+
+from .bench import environment
 
 ENGINES = ("onnxruntime", "openvino")
 SHARES = (0.0, 0.75, 0.5)
@@ -50,27 +52,29 @@ def measure(artifact: Path, engine: str, sizes: tuple[int, ...], share: float) -
 
 
 def main(arguments: list[str]) -> None:
-    if len(arguments) == 4:
-        artifact, engine, size, share = arguments
+    if arguments[0] == "one":
+        _, artifact, engine, size, share = arguments
         print(json.dumps(measure(Path(artifact), engine, tuple(map(int, size.split(","))), float(share))))
         return
+    where = environment(physical_cores())
     for size in arguments[1:] or ["8,12,8"]:
         for engine in ENGINES:
-            for part in SHARES:
+            for share in map(str, SHARES):
                 words = [
                     sys.executable,
                     "-m",
                     "volcast.benchmarks.memory",
+                    "one",
                     arguments[0],
                     engine,
                     size,
-                    str(part),
+                    share,
                 ]
                 done = subprocess.run(words, capture_output=True, text=True, check=False)
-                print(
-                    done.stdout.strip() or json.dumps({"refused": done.stderr.strip().splitlines()[-1]}),
-                    flush=True,
-                )
+                if done.returncode:
+                    print(f"{engine} {size} {share}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+                else:
+                    print(json.dumps({**json.loads(done.stdout), "environment": where}), flush=True)
 
 
 if __name__ == "__main__":
