@@ -1,17 +1,19 @@
-"""Calibration: an artifact samples, and every call of its programs notes how large the values are that will be int8."""
+"""Calibration: an artifact samples, and every call of its programs notes how large the values are that will be int8,
+and the mean of what its convolutions read."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from volcast.runtime.engine import Arrays, Engine, Program
 from volcast.runtime.engine_auto import open_engine
@@ -24,73 +26,100 @@ GUIDANCE = (2.0, 1.0, 4.0)
 
 
 @final
+@dataclass(frozen=True, kw_only=True)
+class Eyes:
+    """What to watch in a program: values by their largest magnitude, others (with their number of axes) by the mean of
+    each channel."""
+
+    largest: tuple[str, ...]
+    mean: Mapping[str, int]
+
+
+@final
 class CalibrationEngine(Engine):
-    """ONNX Runtime with eyes on some values of some files.
+    """ONNX Runtime with eyes on some programs.
 
     Args:
-        watched: by a program's file name, the values to watch.
+        watched: by a program's file name, what to watch in it.
         scratch: a folder for the programs with their eyes.
 
     Attributes:
         largest: by file name and value, the largest magnitude in all calls so far.
+        sums: by file name and value, the channel means `[C]` of all calls so far, added up.
         calls: by file name, how many calls there were.
     """
 
     name = "onnxruntime"
 
-    def __init__(self, watched: Mapping[str, Sequence[str]], scratch: Path, threads: int | None) -> None:
+    def __init__(self, watched: Mapping[str, Eyes], scratch: Path, threads: int | None) -> None:
         self._engine = open_engine("onnxruntime", threads)
         self._watched = watched
         self._scratch = scratch
         self.threads = self._engine.threads
         self.largest: dict[str, dict[str, float]] = {name: {} for name in watched}
+        self.sums: dict[str, dict[str, NDArray[np.float64]]] = {name: {} for name in watched}
         self.calls: Counter[str] = Counter()
 
     def open(self, path: Path, program: ProgramSpec, sizes: Mapping[str, int]) -> Program:
-        values = self._watched.get(path.name, ())
-        if not values:
+        eyes = self._watched.get(path.name)
+        if eyes is None:
             return self._engine.open(path, program, sizes)
         place = self._scratch / path.name
         if not place.exists():
-            save(with_eyes(onnx.load(path), values), place)
-        return _Watched(self._engine.open(place, program, sizes), path.name, values, self)
+            save(with_eyes(onnx.load(path), eyes), place)
+        return _Watched(self._engine.open(place, program, sizes), path.name, eyes, self)
+
+    def means(self, file: str) -> dict[str, NDArray[np.float64]]:
+        """The channel means `[C]` over all calls of a program, by value."""
+        return {value: total / self.calls[file] for value, total in self.sums[file].items()}
 
 
 @final
 class _Watched(Program):
-    def __init__(self, program: Program, file: str, values: Sequence[str], engine: CalibrationEngine) -> None:
+    def __init__(self, program: Program, file: str, eyes: Eyes, engine: CalibrationEngine) -> None:
         self._program = program
         self._file = file
-        self._values = values
+        self._eyes = eyes
         self._engine = engine
 
     def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.generic]]:
         outputs = self._program(inputs)
-        largest = self._engine.largest[self._file]
-        for place, value in enumerate(self._values):
-            found = float(outputs.pop(_eye(place)))
+        largest, sums = self._engine.largest[self._file], self._engine.sums[self._file]
+        for place, value in enumerate(self._eyes.largest):
+            found = float(outputs.pop(_eye("largest", place)))
             if not math.isfinite(found):
                 raise ValueError(
                     f"[quantize] {value} in {self._file} is not finite while sampling; check the weights with `volcast verify`"
                 )
             largest[value] = max(largest.get(value, 0.0), found)
+        for place, value in enumerate(self._eyes.mean):
+            sums[value] = sums.get(value, np.zeros(1)) + outputs.pop(_eye("mean", place)).astype(np.float64)
         self._engine.calls[self._file] += 1
         return outputs
 
 
-def with_eyes(model: onnx.ModelProto, values: Sequence[str]) -> onnx.ModelProto:
-    """A copy of `model` that also gives the largest magnitude of each of `values`, a scalar each.
+def with_eyes(model: onnx.ModelProto, eyes: Eyes) -> onnx.ModelProto:
+    """A copy of `model` that also gives the largest magnitudes, a scalar each, and the channel means `[C]`.
 
-    The reduction is in the graph, so that no call keeps the values themselves.
+    The reductions are in the graph, so that no call keeps the values themselves.
     """
     result = onnx.ModelProto()
     result.CopyFrom(model)
     graph = result.graph
-    for place, value in enumerate(values):
-        eye = _eye(place)
-        graph.node.append(helper.make_node("Abs", [value], [f"{eye}/abs"]))
-        graph.node.append(helper.make_node("ReduceMax", [f"{eye}/abs"], [eye], keepdims=0))
-        graph.output.append(helper.make_tensor_value_info(eye, onnx.TensorProto.FLOAT, []))
+
+    def show(kind: str, value: str, name: str, shape: list[int | str], *inputs: str) -> None:
+        graph.node.append(helper.make_node(kind, [value, *inputs], [name], keepdims=0))
+        graph.output.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
+
+    for place, value in enumerate(eyes.largest):
+        name = _eye("largest", place)
+        graph.node.append(helper.make_node("Abs", [value], [f"{name}/abs"]))
+        show("ReduceMax", f"{name}/abs", name, [])
+    for place, (value, axes) in enumerate(eyes.mean.items()):
+        name = _eye("mean", place)
+        others = np.array([0, *range(2, axes)], np.int64)
+        graph.initializer.append(numpy_helper.from_array(others, f"{name}/axes"))
+        show("ReduceMean", value, name, [f"{name}/channels"], f"{name}/axes")
     return result
 
 
@@ -125,5 +154,5 @@ def _draw(condition: ConditionSpec, field: ConditionField, generator: np.random.
     return float(generator.uniform(field.minimum, field.maximum))
 
 
-def _eye(place: int) -> str:
-    return f"volcast.largest.{place}"
+def _eye(kind: str, place: int) -> str:
+    return f"volcast.{kind}.{place}"

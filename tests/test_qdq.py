@@ -6,11 +6,14 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
+import torch.nn.functional as F
 from onnx import TensorProto, numpy_helper
 from quantization_network import network
 
 from volcast.export import qdq
-from volcast.export.calibration import with_eyes
+from volcast.export.bias_correction import corrected, corrected_inputs
+from volcast.export.calibration import Eyes, with_eyes
 from volcast.export.qdq import activations, int8_weights, layers, quantized, save
 
 
@@ -152,11 +155,53 @@ def test_the_rounded_network_is_near_the_network(rounded: onnx.ModelProto) -> No
     assert 1e-4 < error < 0.035
 
 
-def test_eyes_see_the_largest_magnitude(tmp_path: Path) -> None:
+def shown(model: onnx.ModelProto, names: tuple[str, ...], x: np.ndarray) -> dict[str, np.ndarray]:
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    result.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    return dict(zip(names, run(result, x)[1:], strict=True))
+
+
+def test_eyes_see_the_largest_magnitude_and_the_means() -> None:
     model, x = network(), sample(5)
-    names = activations(layers(model, residuals=True))
-    seen = run(with_eyes(model, names), x)[1:]
-    assert dict(zip(names, map(float, seen), strict=True)) == largest(model, names, x)
+    chosen = layers(model, residuals=True)
+    eyes = Eyes(largest=activations(chosen), mean=corrected_inputs(model, chosen))
+    assert eyes.mean == dict.fromkeys(["act", "norm_a", "sum", "down"], 5)
+    seen = run(with_eyes(model, eyes), x)[1:]
+    split = len(eyes.largest)
+    assert dict(zip(eyes.largest, map(float, seen), strict=False)) == largest(model, eyes.largest, x)
+    for value, found in zip(shown(model, tuple(eyes.mean), x).values(), seen[split:], strict=True):
+        # float32 sums of 64 numbers in another order.
+        np.testing.assert_allclose(found, value.mean(axis=(0, 2, 3, 4)), rtol=1e-5, atol=1e-6)
+
+
+def test_biases_take_back_what_rounded_weights_shift() -> None:
+    """On an input that is its mean everywhere the rounded weights give the float32 result, but at the edges."""
+    model = network()
+    chosen = layers(model, residuals=True)
+    means = {name: np.linspace(-1, 2, 16) for name in corrected_inputs(model, chosen)}
+    fixed = corrected(model, chosen, means)
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in fixed.graph.initializer}
+    for layer in (each for each in chosen if each.input in means):
+        node = fixed.graph.node[layer.node]
+        weight = constants[layer.weight].astype(np.float64)
+        stored, scale = int8_weights(constants[layer.weight], layer.axis)
+        rounded = stored * scale.astype(np.float64).reshape([-1 if a == layer.axis else 1 for a in range(5)])
+        filled = torch.from_numpy(means[layer.input]).reshape(1, 16, 1, 1, 1).expand(1, 16, 7, 7, 7)
+        function = F.conv_transpose3d if node.op_type == "ConvTranspose" else F.conv3d
+        stride = 2 if node.op_type == "ConvTranspose" else 1
+        exact = function(filled, torch.from_numpy(weight), stride=stride)
+        found = function(
+            filled,
+            torch.from_numpy(rounded),
+            torch.tensor(constants[node.input[2]]).double(),
+            stride=stride,
+        )
+        edge = 3 if node.op_type == "ConvTranspose" else 0
+        inner = (0, slice(None), *(slice(edge, size - edge) for size in exact.shape[2:]))
+        apart = (found - exact)[inner].mean(dim=(1, 2, 3)).abs().max()
+        # The bias is float32, and the shift without it some thousandths.
+        assert apart < 1e-6 and np.abs(constants[node.input[2]]).max() > 1e-4
 
 
 def test_large_weights_go_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
