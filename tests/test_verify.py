@@ -134,7 +134,9 @@ def test_rounded_weights_have_their_own_budget(altered, bundle: Bundle) -> None:
     found = verify(altered("step", bfloat16, precision="bf16"), bundle, **given)
     assert found.passed, found.as_text()
     similar = next(check for check in found.checks if check.name == "volume, MS-SSIM")
-    assert 0.99 < similar.value < 1
+    # MONAI's metric is a float32 product of three means of ratios: a rounding or two above 1 for volumes this close.
+    assert 0.99 < similar.value < 1 + 4 * np.finfo(np.float32).eps
+    assert max(check.value for check in found.checks if check.name.startswith("network")) > 1e-4
     found = verify(altered("step", bfloat16, precision="fp32"), bundle, **given)
     assert not found.passed
 
