@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -27,11 +27,6 @@ from .volume import Volume, centred_affine
 
 Array = NDArray[np.generic]
 OnPreview = Callable[[int, Images], None]
-
-_ENDS = {
-    _core.Happened.CANCELLED: "cancelled",
-    _core.Happened.EXPIRED: "its deadline cannot be met any more; give it more time, or fewer steps",
-}
 
 
 class Expired(ValueError):
@@ -211,10 +206,15 @@ class Batching:
             sampling.seconds = {"steps": stepped - one.began, "decode": time.perf_counter() - stepped}
             sampling.set_result(volume)
         elif event.happened == _core.Happened.CANCELLED:
-            sampling.set_exception(_cancelled(event))
+            sampling.set_exception(
+                CancelledError(f"[sample] cancelled after {event.step} of {event.steps} steps")
+            )
         elif event.happened == _core.Happened.EXPIRED:
             sampling.set_exception(
-                Expired(f"[sample] after {event.step} of {event.steps} steps: {_ENDS[event.happened]}")
+                Expired(
+                    f"[sample] after {event.step} of {event.steps} steps: its deadline cannot be met any more; "
+                    "give it more time, or fewer steps"
+                )
             )
         else:
             sampling.set_exception(ValueError(event.text))
@@ -228,9 +228,3 @@ class Batching:
         spacing = self._spec.spacing_mm
         affine, spacing = one.frame or (centred_affine(image.shape[1:], spacing), spacing)
         return Volume(np.ascontiguousarray(image[0] if image.shape[0] == 1 else image), affine, spacing)
-
-
-def _cancelled(event: _core.BatchEvent) -> Exception:
-    from concurrent.futures import CancelledError
-
-    return CancelledError(f"[sample] cancelled after {event.step} of {event.steps} steps")

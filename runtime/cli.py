@@ -22,6 +22,12 @@ Artifact = Annotated[
     Path | None,
     typer.Argument(help="Folder written by `volcast export`; left out: the bundled hippocampus model."),
 ]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps; left out: the model's own.")]
+Scheduler = Annotated[
+    Literal["ddim", "ddpm", "pndm", "dpm-solver++", "rflow"] | None,
+    typer.Option(help="Left out: the model's own."),
+]
+Guidance = Annotated[float | None, typer.Option(help="Weight of classifier-free guidance.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 
@@ -34,16 +40,13 @@ def sample(
         int, typer.Option("--count", "-n", help="Volumes; above 1: OUTPUT_0, OUTPUT_1, ...")
     ] = 1,
     seed: Annotated[int, typer.Option(help="Sample i takes its noise from (seed, i).")] = 0,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps; left out: the model's own.")] = None,
-    scheduler: Annotated[
-        Literal["ddim", "ddpm", "pndm", "dpm-solver++", "rflow"] | None,
-        typer.Option(help="Left out: the model's own."),
-    ] = None,
+    steps: Steps = None,
+    scheduler: Scheduler = None,
     spacing: Annotated[
         Literal["leading", "linspace", "trailing"] | None, typer.Option(help="Spacing of the timesteps.")
     ] = None,
     eta: Annotated[float, typer.Option(help="DDIM's noise, 0..1.")] = 0.0,
-    guidance: Annotated[float | None, typer.Option(help="Weight of classifier-free guidance.")] = None,
+    guidance: Guidance = None,
     condition: Annotated[
         list[str] | None,
         typer.Option("--condition", "-c", help="name=0.5, name=0.5,0.2 or name=@file.npy; repeatable."),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
+
+from .cli import Guidance, Scheduler, Steps, output_files, progress
 
 
 def request(
@@ -21,12 +23,9 @@ def request(
     seed: Annotated[
         int | None, typer.Option(help="Sample i takes its noise from (seed, i); left out: drawn.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps; left out: the model's own.")] = None,
-    scheduler: Annotated[
-        Literal["ddim", "ddpm", "pndm", "dpm-solver++", "rflow"] | None,
-        typer.Option(help="Left out: the model's own."),
-    ] = None,
-    guidance: Annotated[float | None, typer.Option(help="Weight of classifier-free guidance.")] = None,
+    steps: Steps = None,
+    scheduler: Scheduler = None,
+    guidance: Guidance = None,
     condition: Annotated[
         list[str] | None,
         typer.Option("--condition", "-c", help="name=0.5, name=0.5,0.2 or name=@file.npy; repeatable."),
@@ -41,7 +40,6 @@ def request(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")] = False,
 ) -> None:
     """Ask a server for volumes and write them as NIfTI."""
-    from .cli import output_files, progress
     from .client import Client
     from .condition_text import parse_conditions
     from .sizes import parse_sizes

@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cli import Artifact, AsJson
+from .cli import Artifact, AsJson, Guidance, Scheduler, Steps
 from .engine_name import EngineName
 
 if TYPE_CHECKING:
@@ -27,12 +27,9 @@ def generate(
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The dataset's folder.")] = None,
     seed: Annotated[int, typer.Option(help="Volume i takes its noise from (seed, i).")] = 0,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps; left out: the model's own.")] = None,
-    scheduler: Annotated[
-        Literal["ddim", "ddpm", "pndm", "dpm-solver++", "rflow"] | None,
-        typer.Option(help="Left out: the model's own."),
-    ] = None,
-    guidance: Annotated[float | None, typer.Option(help="Weight of classifier-free guidance.")] = None,
+    steps: Steps = None,
+    scheduler: Scheduler = None,
+    guidance: Guidance = None,
     condition: Annotated[
         list[str] | None,
         typer.Option(

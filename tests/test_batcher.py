@@ -122,7 +122,8 @@ def test_a_sample_has_the_loops_bits_whatever_shares_its_calls(counts: tuple[int
     assert set(stats.calls_of) <= set(counts) and max(stats.calls_of) == max(counts)
 
 
-def test_a_short_sample_passes_long_ones_and_none_starves() -> None:
+def gated() -> tuple[Served, list[float], threading.Event]:
+    """Calls of one sample that wait for the gate, and the conditions in the order of the calls."""
     order: list[float] = []
     gate = threading.Event()
 
@@ -130,7 +131,11 @@ def test_a_short_sample_passes_long_ones_and_none_starves() -> None:
         gate.wait(30)
         order.append(float(c[0, 0]))
 
-    served = Served((1,), before)
+    return Served((1,), before), order, gate
+
+
+def test_a_short_sample_passes_long_ones_and_none_starves() -> None:
+    served, order, gate = gated()
     long, short = plan(50), plan(5)
     with served.running():
         for n in range(7):
@@ -149,14 +154,7 @@ def test_a_short_sample_passes_long_ones_and_none_starves() -> None:
 
 
 def test_priority_doubles_the_share() -> None:
-    order: list[float] = []
-    gate = threading.Event()
-
-    def before(x: Any, row: Any, c: Any) -> None:
-        gate.wait(30)
-        order.append(float(c[0, 0]))
-
-    served = Served((1,), before)
+    served, order, gate = gated()
     with served.running():
         served.submit(plan(100), 0, c=0.0)
         served.submit(plan(100), 1, c=1.0, priority=1)
