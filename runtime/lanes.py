@@ -48,7 +48,7 @@ def open_lanes(
 
     A larger batch is dropped where a sample's bits differ from those at batch 1, where it is slower a sample, or where
     the engine refuses it.
-    """  # fmt: skip
+    """
     lanes, reports = [], []
     rng = np.random.default_rng(0)
     values = {"x": rng.standard_normal((max(counts), *x), np.float32)}
