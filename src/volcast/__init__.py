@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from volcast.runtime.client import Client as Client
+    from volcast.runtime.client_async import AsyncClient as AsyncClient
     from volcast.runtime.pipeline import load as load
     from volcast.runtime.volume import Volume as Volume
 
     __version__: str
 
-__all__ = ["Client", "Volume", "__version__", "load"]
+__all__ = ["AsyncClient", "Client", "Volume", "__version__", "load"]
 
 
 def __getattr__(name: str) -> object:
@@ -30,6 +31,10 @@ def __getattr__(name: str) -> object:
         from volcast.runtime.client import Client
 
         return Client
+    if name == "AsyncClient":
+        from volcast.runtime.client_async import AsyncClient
+
+        return AsyncClient
     if name == "Volume":
         from volcast.runtime.volume import Volume
 

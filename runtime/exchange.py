@@ -1,0 +1,194 @@
+"""What both clients share: Triton's messages, made and read, what comes for one request, and when to ask again. No I/O."""
+
+from __future__ import annotations
+
+import math
+import re
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError
+from typing import Any, Literal, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .answers import unpack_volume
+from .interface import Array, as_bytes, text_of
+from .request import OnStep, Settings
+from .volume import Volume
+
+OnPreview = Callable[[int, Volume], None]
+CHANNEL_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+
+
+class Unavailable(ConnectionError):
+    """No server, one that stops, or one that has too much to do."""
+
+
+class RequestOptions(Settings, total=False):
+    """Keyword arguments of a client's `sample` and `sample_many`: `Settings` (steps, scheduler, guidance, ...), and
+
+    condition, size, image: as `Model.sample_many` takes them.
+    on_step: called with the steps done and to do, over all volumes; what it raises cancels the request.
+    on_preview: called with the steps done and the volume as it is by then, every `preview_every` (10) steps.
+    priority: -8..8, each level doubles the share.
+    deadline_s: the server gives the request up when it cannot meet it.
+    timeout_s: the client does.
+    output_format: how volumes cross; float32 (the default) gives the bits of `Model.sample_many`.
+    """
+
+    condition: Mapping[str, Any] | None
+    size: Sequence[int] | None
+    image: Volume | NDArray[np.generic] | None
+    on_step: OnStep | None
+    on_preview: OnPreview | None
+    preview_every: int
+    priority: int
+    deadline_s: float | None
+    timeout_s: float | None
+    output_format: Literal["float32", "float16", "uint16"]
+
+
+@final
+class Exchange:
+    """One call of `sample_many`: the inputs that are sent (`given`), what has come, and how often it may be tried."""
+
+    def __init__(self, n: int, seed: int | None, options: RequestOptions, tries: int) -> None:
+        asked: dict[str, Any] = dict(options)
+        self._n, self._left, self._pause_s = n, tries, 0.25
+        self._on_step: OnStep | None = asked.pop("on_step", None)
+        self._on_preview: OnPreview | None = asked.pop("on_preview", None)
+        every = asked.pop("preview_every", 10)
+        timeout_s = asked.pop("timeout_s", None)
+        self._end = None if timeout_s is None else time.monotonic() + timeout_s
+        self._image = asked.pop("image", None)
+        condition = asked.pop("condition", None) or {}
+        # A drawn seed is drawn here, so that a second try asks for the same volumes.
+        self.given = {
+            "output_format": "float32", **asked, **condition,
+            "seed": secrets.randbits(64) if seed is None else seed, "num_samples": n,
+            "image": self._image.array if isinstance(self._image, Volume) else self._image,
+            "progress_every": int(self._on_step is not None),
+            "preview_every": every if self._on_preview is not None else None,
+        }  # fmt: skip
+        self._volumes: dict[int, Volume] = {}
+        self._steps: dict[int, tuple[int, int]] = {}
+
+    def rest_s(self) -> float | None:
+        """Seconds that a try may take; None: any number."""
+        return None if self._end is None else max(0.0, self._end - time.monotonic())
+
+    def hear(self, tensors: Mapping[str, Array]) -> None:
+        """Take one answer; what a callback raises passes."""
+        kind, sample = text_of(tensors["kind"]), int(tensors["sample"][0])
+        if kind == "progress" and self._on_step is not None:
+            self._steps[sample] = int(tensors["step"][0]), int(tensors["steps"][0])
+            self._on_step(sum(step for step, _ in self._steps.values()), self._n * self._steps[sample][1])
+        elif kind == "preview" and self._on_preview is not None:
+            self._on_preview(int(tensors["step"][0]), self._framed(tensors))
+        elif kind == "volume":
+            self._volumes[sample] = self._framed(tensors)
+
+    def volumes(self) -> list[Volume]:
+        """All that were asked for, once the answers have ended."""
+        return [self._volumes[sample] for sample in range(self._n)]
+
+    def pause_s(self, error: Unavailable) -> float:
+        """Seconds to wait before the next try; raises `error` where there is none."""
+        self._left -= 1
+        hint = re.search(r"retry in ([\d.]+) s", str(error))
+        pause = max(self._pause_s, float(hint[1])) if hint else self._pause_s
+        self._pause_s *= 2
+        if not self._left or (self._end is not None and time.monotonic() + pause > self._end):
+            raise error
+        return pause
+
+    def _framed(self, tensors: Mapping[str, Array]) -> Volume:
+        volume, image = unpack_volume(tensors), self._image
+        return Volume(volume.array, image.affine, image.spacing_mm) if isinstance(image, Volume) else volume
+
+
+@final
+class Messages:
+    """Triton's gRPC messages to and from one model of the server at `address`."""
+
+    def __init__(self, address: str, model: str | None) -> None:
+        from tritonclient.grpc import service_pb2
+
+        self._pb, self._address, self._model = service_pb2, address, model
+        self._inputs: dict[str, tuple[str, tuple[int, ...]]] = {}
+
+    @property
+    def known(self) -> bool:
+        """Whether the model's inputs have been learnt."""
+        return bool(self._inputs)
+
+    def index(self) -> Any:
+        """The question which models there are."""
+        return self._pb.RepositoryIndexRequest(ready=True)
+
+    def metadata(self, index: Any) -> Any:
+        """The question what the model's inputs are, out of the answer to `index`."""
+        if self._model is None:
+            names = [one.name for one in index.models]
+            if not names:
+                raise Unavailable(f"[client] the server at {self._address} has no model that is ready")
+            if len(names) > 1:
+                raise ValueError(f"[client] {self._address} has {', '.join(names)}: give model=")
+            self._model = names[0]
+        return self._pb.ModelMetadataRequest(name=self._model)
+
+    def learn(self, metadata: Any) -> None:
+        """Keep the model's inputs."""
+        self._inputs = {one.name: (one.datatype, tuple(one.shape)) for one in metadata.inputs}
+
+    def request(self, given: Mapping[str, Any]) -> Any:
+        """The request with the inputs `given`, None for what is left out. ValueError: one has another name or type."""
+        from tritonclient.utils import triton_to_np_dtype
+
+        request = self._pb.ModelInferRequest(model_name=self._model)
+        for name, value in given.items():
+            if value is None:
+                continue
+            if name not in self._inputs:
+                raise ValueError(f"[client] unknown input {name!r}; known: {', '.join(self._inputs)}")
+            datatype, shape = self._inputs[name]
+            try:
+                given_array = as_bytes(value) if isinstance(value, str) else value
+                array = np.asarray(given_array, triton_to_np_dtype(datatype))
+            except (TypeError, ValueError, OverflowError) as error:
+                raise ValueError(f"[client] {name}={value!r}: need {datatype} {list(shape)}") from error
+            if array.ndim < 2 and array.size == math.prod(shape) and -1 not in shape:
+                array = array.reshape(shape)
+            request.inputs.add(name=name, datatype=datatype, shape=array.shape)
+            request.raw_input_contents.append(array.tobytes())
+        return request
+
+    def tensors(self, response: Any) -> dict[str, Array]:
+        """An answer's tensors by name."""
+        from tritonclient.grpc import InferResult
+
+        result = InferResult(response.infer_response)
+        return {one.name: result.as_numpy(one.name) for one in response.infer_response.outputs}
+
+    def told(self, text: str) -> Exception:
+        """The error that a stream tells of: it carries Triton's texts without their codes."""
+        if re.search(
+            r"retry in|the server stops|is not healthy|is not ready|unavailable|not at ready state", text
+        ):
+            return Unavailable(text)
+        return CancelledError(text) if "cancelled" in text else ValueError(text)
+
+    def failed(self, error: Any) -> Exception:
+        """The error that a `grpc.RpcError` stands for."""
+        import grpc
+
+        code, text = error.code(), " ".join(str(error.details()).split())
+        if code == grpc.StatusCode.DEADLINE_EXCEEDED:
+            return TimeoutError(f"[client] {self._address} did not answer in time")
+        if code == grpc.StatusCode.UNAVAILABLE:
+            return Unavailable(f"[client] {self._address}: {text}")
+        if code == grpc.StatusCode.CANCELLED:
+            return CancelledError(f"[client] {text}")
+        return ValueError(f"[client] {self._address}: {text}")
