@@ -154,6 +154,19 @@ def gaussian(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def served(gaussian: Path) -> Any:
+    """One `volcast serve` of `gaussian` for all tests of this process; some of them kill parts of it."""
+    from served import start
+
+    running = start(gaussian)
+    try:
+        running.wait("ready: gaussian")
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture(scope="session")
 def generative_keys() -> Any:
     """`rename(state)`: a MONAI state dict under the GenerativeModels package's names, its unused proj_attn added."""
     import torch

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -13,95 +11,16 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from served import Served, start
 
 from volcast.runtime.client import Client, Unavailable
 from volcast.runtime.pipeline import Model, load
 from volcast.runtime.volume import read_nifti
-
-SHARED_MEMORY = Path("/dev/shm")
-
-
-@dataclass
-class Served:
-    """A running `volcast serve`, and the lines it has told."""
-
-    process: subprocess.Popen[str]
-    http: int
-    grpc: int
-    lines: list[str] = field(default_factory=list)
-    news: threading.Condition = field(default_factory=threading.Condition)
-
-    def read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            with self.news:
-                self.lines.append(line)
-                self.news.notify_all()
-
-    def wait(self, text: str, count: int = 1) -> None:
-        with self.news:
-            said = self.news.wait_for(lambda: sum(text in line for line in self.lines) >= count, 60)
-        assert said, "".join(self.lines)
-
-    def client(self, **settings: Any) -> Client:
-        return Client(f"127.0.0.1:{self.grpc}", **settings)
-
-    def shared_memory(self) -> list[Path]:
-        return list(SHARED_MEMORY.glob(f"volcast_{self.process.pid}_*"))
-
-    def processes(self, name: str) -> list[int]:
-        """The ids of the server's processes whose command holds `name`."""
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                session = int((folder / "stat").read_text().rpartition(")")[2].split()[3])
-                command = (folder / "cmdline").read_bytes().decode()
-            except (OSError, ValueError):
-                continue
-            if name in command and session in self.sessions():
-                found.append(int(folder.name))
-        return found
-
-    def sessions(self) -> set[int]:
-        # A server leads a session of its own; its parent is this process.
-        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        return {int(child) for task in tasks for child in task.read_text().split()}
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
-def start(artifact: Path, *more: str) -> Served:
-    http, grpc, metrics = free_ports(3)
-    command = [sys.executable, "-m", "volcast", "serve", str(artifact), "--http-port", str(http), "--grpc-port",
-               str(grpc), "--metrics-port", str(metrics), "--engine", "onnxruntime", "--threads", "1", "--drain", "5", *more]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    served = Served(process, http, grpc)
-    threading.Thread(target=served.read, daemon=True).start()
-    return served
-
-
-@pytest.fixture(scope="module")
-def served(gaussian: Path) -> Iterator[Served]:
-    running = start(gaussian)
-    try:
-        running.wait("ready: gaussian")
-        yield running
-    finally:
-        running.process.terminate()
-        running.process.wait(60)
-        running.process.stderr.close()  # type: ignore[union-attr]
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +108,7 @@ def test_a_cancelled_request_frees_its_places(served: Served) -> None:
 
 
 def test_bad_requests_are_refused_by_name_and_the_server_lives(served: Served) -> None:
+    before = served.told("restarting")
     with served.client() as client:
         for asked, message in [
             ({"steps": 0}, "steps=0: need 1..1000"),
@@ -204,7 +124,7 @@ def test_bad_requests_are_refused_by_name_and_the_server_lives(served: Served) -
         with pytest.raises(ValueError, match="output_format='png'"):
             list(client.answers(given))
         assert client.sample(1, steps=2).array.shape == (8, 12, 8)
-    assert not [line for line in served.lines if "restarting" in line], "".join(served.lines)
+    assert served.told("restarting") == before, "".join(served.lines)
     with Client("127.0.0.1:1", tries=1) as nobody, pytest.raises(Unavailable, match="127.0.0.1:1"):
         nobody.sample(1)
 
@@ -261,17 +181,14 @@ def test_too_much_is_refused_with_a_hint(gaussian: Path) -> None:
 
 @pytest.mark.parametrize("victim", ["triton_python_backend_stub", "bin/tritonserver"])
 def test_what_is_killed_comes_back(served: Served, model: Model, victim: str) -> None:
-    before = sum("ready:" in line for line in served.lines)
+    before = served.told("ready:")
     with served.client(tries=8) as client, ThreadPoolExecutor(1) as pool:
         begun = threading.Event()
         under_way = pool.submit(
             client.sample_many, 8, 6, steps=1000, size=[16, 16, 16], on_step=lambda *_: begun.set()
         )
         assert begun.wait(60)
-        killed = served.processes(victim)
-        assert killed
-        for one in killed:
-            os.kill(one, signal.SIGKILL)
+        served.signal(victim, signal.SIGKILL)
         served.wait("ready:", before + 1)
         # The request that was under way is tried again with its seed.
         volumes = under_way.result(60)
