@@ -22,6 +22,8 @@ Format = Literal["float32", "float16", "uint16", "nifti"]
 FORMATS = get_args(Format)
 MOST_SAMPLES = 64
 """Volumes of one request."""
+AT_MOST = 1_000_000
+"""Samples of one seed."""
 MOST_STEPS = 1_000_000
 
 
@@ -47,6 +49,7 @@ def inputs(spec: ArtifactSpec) -> tuple[Tensor, ...]:
     found = [
         Tensor(name="seed", dtype="uint64", shape=one, text="sample i takes its noise from (seed, i); default: drawn, and answered"),
         Tensor(name="num_samples", dtype="int32", shape=one, text=f"1..{MOST_SAMPLES} volumes, default 1"),
+        Tensor(name="first_sample", dtype="int32", shape=one, text="the number i of the first of them, default 0"),
         Tensor(name="steps", dtype="int32", shape=one, text=f"denoising steps, 1..{last}, default {own.steps}"),
         Tensor(name="scheduler", dtype="uint8", shape=(-1,), text=f"ddim, ddpm, pndm, dpm-solver++ or rflow, default {own.scheduler}"),
         Tensor(name="guidance", dtype="float32", shape=one, text="weight of classifier-free guidance, 0..100, default none"),
@@ -119,6 +122,7 @@ class Asked:
 
     seed: int | None
     samples: int
+    first_sample: int
     settings: Settings
     condition: Mapping[str, Any]
     size: tuple[int, ...] | None
@@ -154,13 +158,15 @@ def read_request(spec: ArtifactSpec, given: Mapping[str, Array]) -> Asked:
     if "strength" in given:
         settings["strength"] = float(given["strength"][0])
     seed = int(given["seed"][0]) if "seed" in given else None
+    samples = _whole(given, "num_samples", 1, 1, MOST_SAMPLES)
     make_request(spec, seed or 0, settings)
     deadline = float(given["deadline_s"][0]) if "deadline_s" in given else None
     if deadline is not None and not 0 < deadline < math.inf:
         raise ValueError(f"[request] deadline_s={deadline:g}: need a number of seconds above 0")
     return Asked(
         seed=seed,
-        samples=_whole(given, "num_samples", 1, 1, MOST_SAMPLES),
+        samples=samples,
+        first_sample=_whole(given, "first_sample", 0, 0, AT_MOST - samples),
         settings=settings,
         condition=_conditions(spec, given),
         size=tuple(int(one) for one in given["size"]) if "size" in given else None,

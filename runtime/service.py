@@ -147,7 +147,7 @@ class Service:
 
         told = [0]
         return self._model.submit(
-            one.seed, sample=sample, condition=asked.condition, size=asked.size, image=asked.image,
+            one.seed, sample=asked.first_sample + sample, condition=asked.condition, size=asked.size, image=asked.image,
             turns=Turns(priority=asked.priority, deadline_s=asked.deadline_s),
             on_step=on_step if asked.progress_every else None,
             on_preview=on_preview if asked.preview_every else None, preview_every=asked.preview_every or 1,

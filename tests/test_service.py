@@ -100,6 +100,18 @@ def test_samples_of_a_request_are_those_of_sample_many(opened: Any) -> None:
         assert answer["seed"][0] == 5
 
 
+def test_the_first_sample_may_be_any(opened: Any) -> None:
+    model, service = opened
+    heard, past = Heard(), Heard()
+    service.accept(given(seed=5, first_sample=2, num_samples=2, steps=9, output_format="float32"), heard)
+    assert heard.ended.wait(60) and heard.kinds() == ["volume"] * 2
+    expected = list(model.sample_many(4, 5, steps=9))[2:]
+    for answer in heard.sent:
+        np.testing.assert_array_equal(answer["volume_float32"], expected[int(answer["sample"][0])].array)
+    service.accept(given(first_sample=999_999, num_samples=2), past)
+    assert past.ends == [("invalid", "[request] first_sample=999999: need 0..999998")]
+
+
 def test_a_drawn_seed_is_answered(opened: Any) -> None:
     model, service = opened
     heard = Heard()
