@@ -36,6 +36,7 @@ class Serving:
 
     Attributes:
         artifact: its folder; a relative one is looked for beside model.py.
+        artifact_sha256: of its manifest, which model.py then insists on; empty: any.
         engine: as `volcast.load` takes it.
         threads: None: one a physical core.
         active: samples that take turns.
@@ -44,6 +45,7 @@ class Serving:
     """
 
     artifact: str = "artifact"
+    artifact_sha256: str = ""
     engine: EngineName = "auto"
     threads: int | None = None
     active: int = 64
@@ -60,6 +62,7 @@ def triton_config(spec: ArtifactSpec, name: str, serving: Serving = Serving()) -
     gpu = serving.engine in ON_GPU
     parameters = {
         "artifact": serving.artifact,
+        "artifact_sha256": serving.artifact_sha256,
         "engine": serving.engine,
         "threads": "" if serving.threads is None else str(serving.threads),
         "active": str(serving.active),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Mapping
+from concurrent.futures import CancelledError
 from contextlib import closing
 from typing import Any, Unpack, final
 
@@ -80,9 +81,7 @@ class Client:
 
         call, failure = None, None
         try:
-            if not self._messages.known:
-                index = self._stub.RepositoryIndex(self._messages.index())
-                self._messages.learn(self._stub.ModelMetadata(self._messages.metadata(index)))
+            self._learn(timeout_s)
             call = self._stub.ModelStreamInfer(iter([self._messages.request(given)]), timeout=timeout_s)
             for response in call:
                 if response.error_message:
@@ -97,3 +96,35 @@ class Client:
         finally:
             if call is not None:
                 call.cancel()
+
+    def parameters(self, timeout_s: float | None = None) -> dict[str, str]:
+        """What the model's config.pbtxt says of it: artifact_sha256, engine, threads and more. Raises as `sample_many`."""
+        import grpc
+
+        try:
+            self._learn(timeout_s)
+            answer = self._stub.ModelConfig(self._messages.config(), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise self._messages.failed(error) from error
+        return {key: value.string_value for key, value in answer.config.parameters.items()}
+
+    def fault(self, timeout_s: float) -> str | None:
+        """Why the model does not answer within `timeout_s`; None: it does.
+
+        The question is one that the model itself refuses, at once and whatever else it does: Triton calls a model ready
+        whose process is dead.
+        """
+        try:
+            for _ in self.answers({"num_samples": 0}, timeout_s):
+                pass
+        except ValueError as error:
+            return None if "num_samples=0" in str(error) else str(error)
+        except (TimeoutError, Unavailable, CancelledError) as error:
+            return str(error)
+        return "it accepts bad requests"
+
+    def _learn(self, timeout_s: float | None) -> None:
+        if not self._messages.known:
+            index = self._stub.RepositoryIndex(self._messages.index(), timeout=timeout_s)
+            question = self._messages.metadata(index)
+            self._messages.learn(self._stub.ModelMetadata(question, timeout=timeout_s))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 from .engine import Engine
 from .engine_name import EngineName
@@ -58,6 +58,17 @@ def open_engine(
     from .engine_onnxruntime import OnnxRuntimeEngine
 
     return OnnxRuntimeEngine(count, chosen)
+
+
+def resolve_engine(name: EngineName, threads: int | None) -> tuple[EngineName, int | None]:
+    """The name and the threads that `open_engine` would open; "auto" and None are left where a GPU's engine is meant,
+
+    which is not opened: the GPU may be elsewhere. Raises as `open_engine`.
+    """
+    if name not in ("auto", *INSTALL):
+        return name, threads
+    opened = open_engine(name, threads)
+    return cast(EngineName, opened.name), opened.threads
 
 
 def _cuda(limit: int | None) -> Engine:

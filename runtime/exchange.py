@@ -19,7 +19,12 @@ from .request import OnStep, Settings
 from .volume import Volume
 
 OnPreview = Callable[[int, Volume], None]
-CHANNEL_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+CHANNEL_OPTIONS = [
+    ("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1),
+    # A server that is restarted is back within seconds: gRPC's own pauses grow to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 200), ("grpc.min_reconnect_backoff_ms", 2000),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]  # fmt: skip
 
 
 class Unavailable(ConnectionError):
@@ -138,6 +143,10 @@ class Messages:
                 raise ValueError(f"[client] {self._address} has {', '.join(names)}: give model=")
             self._model = names[0]
         return self._pb.ModelMetadataRequest(name=self._model)
+
+    def config(self) -> Any:
+        """The question for the model's config.pbtxt, once its inputs are known."""
+        return self._pb.ModelConfigRequest(name=self._model)
 
     def learn(self, metadata: Any) -> None:
         """Keep the model's inputs."""

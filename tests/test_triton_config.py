@@ -30,7 +30,7 @@ def test_the_config_describes_every_tensor(gaussian: Path) -> None:
     assert [one.name for one in config.output] == [one.name for one in outputs(spec)]
     assert all(one.optional for one in config.input)
     assert {key: value.string_value for key, value in config.parameters.items()} == {
-        "artifact": '/a "b"', "engine": "auto", "threads": "2", "active": "64", "queue": "9",
+        "artifact": '/a "b"', "artifact_sha256": "", "engine": "auto", "threads": "2", "active": "64", "queue": "9",
     }  # fmt: skip
     (warm_up,) = config.model_warmup
     assert warm_up.inputs["steps"].input_data_file == WARM_UP

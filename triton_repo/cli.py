@@ -32,8 +32,10 @@ def serve(
 ) -> None:
     """Serve an artifact with NVIDIA Triton Inference Server on this machine's loopback address."""
     from volcast.export.triton_config import Serving, model_name, write_model
-    from volcast.runtime.artifact import read_artifact
+    from volcast.runtime.artifact import MANIFEST, read_artifact
+    from volcast.runtime.atomic import sha256
     from volcast.runtime.default_artifact import NAME, default_artifact
+    from volcast.runtime.engine_auto import resolve_engine
 
     from .installation import find_installation
     from .supervisor import Ports, Supervisor
@@ -41,7 +43,11 @@ def serve(
     folder = (artifact or default_artifact()).resolve()
     spec = read_artifact(folder)
     name = NAME if artifact is None else model_name(spec)
-    serving = Serving(artifact=str(folder), engine=engine, threads=threads, active=active, queue=queue)
+    engine, threads = resolve_engine(engine, threads)
+    serving = Serving(
+        artifact=str(folder), artifact_sha256=sha256(folder / MANIFEST), engine=engine, threads=threads, active=active,
+        queue=queue,
+    )  # fmt: skip
     ports = Ports(http=http_port, grpc=grpc_port, metrics=metrics_port)
     with tempfile.TemporaryDirectory(prefix="volcast-serve-") as scratch:
         installation = find_installation(Path(scratch), tritonserver)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
-from volcast.runtime.client import Client, Unavailable
+from volcast.runtime.client import Client
 
 from .installation import Installation
 
@@ -141,18 +141,8 @@ class Supervisor:
         return None
 
     def _fault(self) -> str | None:
-        """Why the model does not answer. Triton calls a model ready whose process is dead: only an answer tells.
-
-        The question is one that model.py itself refuses, at once and whatever else it does.
-        """
-        try:
-            with Client(f"127.0.0.1:{self._ports.grpc}", self._model) as client:
-                list(client.answers({"num_samples": 0}, HANG_S))
-        except ValueError as error:
-            return None if "num_samples=0" in str(error) else str(error)
-        except (TimeoutError, Unavailable) as error:
-            return str(error)
-        return "it accepts bad requests"
+        with Client(f"127.0.0.1:{self._ports.grpc}", self._model) as client:
+            return client.fault(HANG_S)
 
     def _end(self, server: subprocess.Popen[bytes]) -> None:
         if server.poll() is None:

@@ -1,7 +1,7 @@
 """NVIDIA Triton's Python backend for any volcast artifact: `execute` only hands requests on, threads answer them.
 
-What it serves stands in config.pbtxt: `artifact` (a folder; a relative one beside this file), `engine`, `threads`,
-`active` and `queue` (samples that take turns, and that wait).
+What it serves stands in config.pbtxt: `artifact` (a folder; a relative one beside this file), `artifact_sha256` (of its
+manifest; empty: any), `engine`, `threads`, `active` and `queue` (samples that take turns, and that wait).
 """
 
 import ctypes
@@ -19,6 +19,8 @@ import triton_python_backend_utils as pb_utils
 # The process that Triton starts this in leaves PYTHONPATH out.
 sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 
+from volcast.runtime.artifact import MANIFEST
+from volcast.runtime.atomic import sha256
 from volcast.runtime.interface import Array
 from volcast.runtime.pipeline import load
 from volcast.runtime.service import Reason, Reply, Service
@@ -82,6 +84,10 @@ class TritonPythonModel:
             os.environ["CUDA_VISIBLE_DEVICES"] = args["model_instance_device_id"]
         artifact = Path(args["model_repository"], args["model_version"], given["artifact"])
         threads = int(given["threads"]) if given.get("threads") else None
+        if given.get("artifact_sha256") not in ("", None, sha256(artifact / MANIFEST)):
+            raise ValueError(
+                f"[serve] {artifact} is not the artifact that config.pbtxt names: serve it again"
+            )
         active, queue = int(given["active"]), int(given["queue"])
         model = load(artifact, given["engine"], threads, active=active, queue=queue)
         self._service = Service(model, most=active + queue)
