@@ -1,0 +1,180 @@
+// The page of volcast's gateway: a request, its progress, its volume.
+
+import * as api from "./api.js";
+import { $, make } from "./dom.js";
+import * as records from "./records.js";
+import * as request from "./request.js";
+import * as trouble from "./trouble.js";
+import { Viewer } from "./viewer.js";
+
+let models = [];
+let viewer = null;
+let run = null;
+
+const model = () => models.find((one) => one.name === $("model").value);
+
+/** What everybody sees, and, where `aloud`, what a screen reader says too. */
+function tell(text, aloud = true) {
+  $("state").textContent = text;
+  if (aloud) $("news").textContent = text;
+}
+
+async function listModels() {
+  trouble.clear();
+  $("generate").disabled = true;
+  try {
+    models = await api.models();
+    $("model").replaceChildren(...models.map(({ name }) => new Option(name, name)));
+    chooseModel();
+    $("generate").disabled = false;
+    tell("Ready");
+  } catch (error) {
+    tell("No model yet");
+    if (error.code === "unauthorized") $("key-form").hidden = false;
+    trouble.show(error);
+  }
+}
+
+function chooseModel() {
+  request.show(model());
+}
+
+async function generate() {
+  if (run) return;
+  const body = request.read(model());
+  if (!body) return;
+  trouble.clear();
+  run = new AbortController();
+  $("generate").setAttribute("aria-disabled", "true");
+  $("cancel").disabled = false;
+  $("bar").removeAttribute("value");
+  clearFrames();
+  tell("Waiting for the server");
+  // Where the form stands above the volume, bring the progress into view.
+  if (matchMedia("(max-width: 60rem)").matches) $("progress").scrollIntoView();
+  const began = performance.now();
+  try {
+    await follow(body, began);
+  } catch (error) {
+    $("bar").value = 0;
+    if (error.name === "AbortError") tell("Cancelled");
+    else {
+      tell("Stopped by an error");
+      trouble.show(error);
+    }
+  } finally {
+    if (document.activeElement === $("cancel")) $("generate").focus();
+    $("cancel").disabled = true;
+    $("generate").removeAttribute("aria-disabled");
+    run = null;
+  }
+}
+
+async function follow(body, began) {
+  const name = model().name;
+  const { signal } = run;
+  for await (const { event, data } of api.generate(name, body, signal)) {
+    if (event === "progress") {
+      $("bar").value = data.step / data.steps;
+      tell(data.step < data.steps ? `Step ${data.step} of ${data.steps}` : "Decoding", false);
+    } else if (event === "preview") {
+      const blob = await api.volume(data.url, signal);
+      $("news").textContent = `Preview after step ${data.step} of ${data.steps}`;
+      addFrame(String(data.step), blob);
+    } else if (event === "volume") {
+      tell("Fetching the volume", false);
+      const record = { model: name, body, seed: String(data.seed), shape: data.shape, affine: data.affine };
+      record.blob = await api.volume(data.url, signal);
+      record.seconds = (performance.now() - began) / 1000;
+      records.add(record, again);
+      addFrame("final", record.blob);
+      present(record);
+      $("bar").value = 1;
+      tell(`Done in ${record.seconds.toFixed(1)} s`);
+    }
+  }
+}
+
+/** Show a frame, and a choice by which to come back to it. */
+function addFrame(label, blob) {
+  // A request that outlives its server begins again, and so do its previews.
+  $("frames").querySelector(`[value="${label}"]`)?.parentElement.remove();
+  const input = make("input", { type: "radio", name: "frame", value: label, checked: true });
+  input.addEventListener("change", () => draw(blob));
+  $("frames").append(make("label", {}, input, make("span", {}, label)));
+  $("frames").hidden = false;
+  draw(blob);
+}
+
+function clearFrames() {
+  $("frames").hidden = true;
+  $("frames").replaceChildren($("frames").firstElementChild);
+}
+
+function draw(blob) {
+  if (!viewer) return;
+  $("empty").hidden = true;
+  viewer.show(blob).catch(trouble.show);
+}
+
+/** A finished volume's file and facts. */
+function present(record) {
+  records.link($("download"), record);
+  $("download").hidden = false;
+  const voxel = [0, 1, 2].map((axis) => Math.hypot(...record.affine.slice(0, 3).map((row) => row[axis])));
+  const facts = {
+    Seed: record.seed,
+    Asked: request.describe(record.body),
+    Voxels: `${record.shape.join(" × ")} of ${voxel.map((size) => Number(size.toFixed(3))).join(" × ")} mm`,
+    File: `${(record.blob.size / 1024).toFixed(0)} KiB, ${record.name}`,
+  };
+  $("facts").replaceChildren(
+    ...Object.entries(facts).map(([name, text]) => make("div", {}, make("dt", {}, name), make("dd", {}, text))),
+  );
+  $("facts").hidden = false;
+  $("canvas").setAttribute("aria-label", `Generated volume, seed ${record.seed}`);
+}
+
+function again(record, what) {
+  if (what === "repeat") {
+    if (models.some(({ name }) => name === record.model)) $("model").value = record.model;
+    chooseModel();
+    request.repeat(record.body, record.seed);
+    $("generate").focus();
+    $("news").textContent = `The form holds the settings of seed ${record.seed}`;
+  } else if (!run) {
+    clearFrames();
+    addFrame("final", record.blob);
+    present(record);
+    $("volume").focus();
+  }
+}
+
+async function openViewer() {
+  try {
+    viewer = await Viewer.open();
+  } catch (error) {
+    $("canvas").hidden = true;
+    $("sliders").hidden = true;
+    $("layouts").hidden = true;
+    $("empty").textContent =
+      `This browser cannot show volumes here (${error.message}). Generating and downloading work all the same.`;
+  }
+}
+
+$("key").value = api.key.get();
+$("key-form").hidden = !api.key.get();
+$("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  api.key.set($("key").value.trim());
+  listModels();
+});
+$("model").addEventListener("change", chooseModel);
+$("request").addEventListener("submit", (event) => {
+  event.preventDefault();
+  generate();
+});
+$("cancel").addEventListener("click", () => run?.abort());
+$("layouts").addEventListener("change", (event) => viewer?.layout(event.target.value));
+openViewer();
+listModels();

@@ -1,0 +1,136 @@
+// The form: what a model can be asked, and what the user asks.
+
+import { $, make, plain, short } from "./dom.js";
+
+const MOST_SEED = 2n ** 64n - 1n;
+
+/** Fill the form for `model`, an entry of `GET /v1/models`. */
+export function show(model) {
+  const { shape, spacing_mm: spacing } = model.volume;
+  const grid = `${shape.join(" × ")} voxels of ${spacing.map(short).join(" × ")} mm`;
+  $("model-hint").textContent = [model.description, grid].filter(Boolean).join(" ");
+  limit($("steps"), model.limits.steps);
+  $("steps").value = model.default.steps;
+  $("steps-hint").textContent = model.limits.steps.join(" to ");
+  $("scheduler").replaceChildren(...model.schedulers.map((name) => new Option(name, name)));
+  $("scheduler").value = model.default.scheduler;
+  $("guidance-field").hidden = !model.guidance;
+  $("guidance").value = "";
+  if (model.limits.guidance) limit($("guidance"), model.limits.guidance);
+  $("conditions").replaceChildren(...model.conditions.map(condition));
+  const axes = model.default.size.map((size, axis) => {
+    const label = `Axis ${axis + 1}`;
+    const input = make("input", { id: `size-${axis}`, type: "number", step: 1, min: 1, placeholder: size });
+    return make("div", { className: "field" }, make("label", { for: input.id }, label), input);
+  });
+  $("size").replaceChildren($("size").firstElementChild, make("div", { className: "triple" }, ...axes));
+}
+
+/** The body of `POST .../generate`. Null, with the field marked and focused, if a field is wrong. */
+export function read(model) {
+  const form = $("request");
+  const seed = $("seed").value.trim();
+  const right = seed === "" || (/^\d+$/.test(seed) && BigInt(seed) <= MOST_SEED);
+  $("seed").setCustomValidity(right ? "" : `A whole number from 0 to ${MOST_SEED}, or nothing`);
+  const wrong = form.querySelector("input:invalid, textarea:invalid");
+  if (wrong?.closest("details")) wrong.closest("details").open = true;
+  if (!form.reportValidity()) return null;
+
+  const steps = Number($("steps").value);
+  const body = { steps, scheduler: $("scheduler").value, progress_every: 1 };
+  if (seed) body.seed = seed;
+  if (model.guidance && $("guidance").value) body.guidance = Number($("guidance").value);
+  const previews = Number($("previews").value);
+  if (previews) body.preview_every = Math.max(1, Math.ceil(steps / (previews + 1)));
+  const sizes = model.default.size.map((size, axis) => Number($(`size-${axis}`).value) || size);
+  if (sizes.some((size, axis) => size !== model.default.size[axis])) body.size = sizes;
+  const given = [...$("conditions").querySelectorAll("[data-condition]")].filter((input) => input.value.trim());
+  if (given.length) {
+    body.condition = Object.fromEntries(given.map((input) => [input.dataset.condition, JSON.parse(input.value)]));
+  }
+  return body;
+}
+
+/** Fill the form with an earlier `body` and its `seed`. */
+export function repeat(body, seed) {
+  $("steps").value = body.steps;
+  $("scheduler").value = body.scheduler;
+  $("guidance").value = body.guidance ?? "";
+  $("seed").value = seed;
+  for (const input of $("size").querySelectorAll("input")) input.value = "";
+  (body.size ?? []).forEach((size, axis) => ($(`size-${axis}`).value = size));
+  for (const input of $("conditions").querySelectorAll("[data-condition]")) {
+    const value = body.condition?.[input.dataset.condition];
+    input.value = value === undefined ? "" : JSON.stringify(value);
+    input.dispatchEvent(new Event("input"));
+  }
+}
+
+/** "25 steps, ddim, anterior 0.2": what was asked, in words. */
+export function describe(body) {
+  const words = [`${body.steps} steps`, body.scheduler];
+  if (body.guidance !== undefined) words.push(`guidance ${short(body.guidance)}`);
+  for (const [name, value] of Object.entries(body.condition ?? {})) {
+    words.push(typeof value === "number" ? `${plain(name)} ${short(value)}` : `${plain(name)} given`);
+  }
+  if (body.size) words.push(`latent ${body.size.join(" × ")}`);
+  return words.join(", ");
+}
+
+function condition(one) {
+  const title = one.description || plain(one.name);
+  const group = make("fieldset", {}, make("legend", {}, title));
+  group.append(...(one.fields.length ? one.fields.map(number) : [whole(one)]));
+  return group;
+}
+
+function number(field) {
+  const id = `field-${field.name}`;
+  const hint = make("p", { id: `${id}-hint`, className: "hint" });
+  hint.textContent = [`${short(field.low)} to ${short(field.high)}`, field.description].filter(Boolean).join("; ");
+  const fixed = typeof field.default === "number";
+  const input = make("input", {
+    id, type: "number", step: "any", min: field.low, max: field.high,
+    placeholder: fixed ? short(field.default) : "default", "aria-describedby": hint.id, "data-condition": field.name,
+  });
+  const slider = make("input", {
+    type: "range", min: field.low, max: field.high, step: (field.high - field.low) / 100,
+    "aria-label": `${plain(field.name)}, slider`,
+  });
+  const middle = fixed ? field.default : (field.low + field.high) / 2;
+  const follow = () => {
+    slider.value = input.value === "" ? middle : input.value;
+    slider.classList.toggle("unset", input.value === "");
+    slider.setAttribute("aria-valuetext", input.value === "" ? "default" : short(slider.value));
+  };
+  input.addEventListener("input", follow);
+  slider.addEventListener("input", () => {
+    input.value = short(slider.value);
+    follow();
+  });
+  follow();
+  const label = make("label", { for: id }, plain(field.name));
+  return make("div", { className: "field ranged" }, label, slider, input, hint);
+}
+
+/** A condition without fields takes its whole array. */
+function whole(one) {
+  const id = `condition-${one.name}`;
+  const hint = make("p", { id: `${id}-hint`, className: "hint" }, `A number or nested lists, shape ${one.shape.join(" × ") || "of one number"}`);
+  const input = make("textarea", { id, rows: 2, spellcheck: false, "aria-describedby": hint.id, "data-condition": one.name });
+  input.addEventListener("input", () => {
+    let right = true;
+    try {
+      JSON.parse(input.value || "0");
+    } catch {
+      right = false;
+    }
+    input.setCustomValidity(right ? "" : "A number, or lists of numbers in brackets: [[0.1, 0.2]]");
+  });
+  return make("div", { className: "field" }, make("label", { for: id }, plain(one.name)), input, hint);
+}
+
+function limit(input, [low, high]) {
+  input.min = low;
+  input.max = high;
+}
