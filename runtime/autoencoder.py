@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .host_memory import DecodePlan, HostMemory
+from .memory_limit import DecodePlan, MemoryLimit
 from .programs import Programs, bind
 from .slab_decode import decode_slabs
 from .spec import ArtifactSpec
@@ -33,7 +33,7 @@ def decode(spec: ArtifactSpec, programs: Programs, z: Any) -> Images:
     return image
 
 
-def decode_plan(programs: Programs, memory: HostMemory, shape: Sequence[int]) -> DecodePlan:
+def decode_plan(programs: Programs, memory: MemoryLimit, shape: Sequence[int]) -> DecodePlan:
     """How latents of a shape `N C D H W` are decoded now, within the limit."""
     return memory.plan_decode(
         bind("decode", programs.describe("decode"), {"z": tuple(shape)}), programs.opened()
@@ -44,7 +44,7 @@ def _whole(programs: Programs, latents: Images) -> Images:
     return np.asarray(programs.call("decode", {"z": latents})["image"], np.float32)
 
 
-def _within(programs: Programs, memory: HostMemory, latents: Images) -> Images:
+def _within(programs: Programs, memory: MemoryLimit, latents: Images) -> Images:
     """In as little memory as the limit asks for: all at once, one by one, or one by one in slabs."""
     plan = decode_plan(programs, memory, latents.shape)
     if plan.batch == len(latents):

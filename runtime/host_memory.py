@@ -1,150 +1,40 @@
-"""A memory limit on the host: what an artifact's programs take, and how a decode fits into what is left."""
+"""A limit on the process's resident memory: an artifact's programs on an engine whose memory is foretold from a graph."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import final
 
 from .engine import shapes
 from .footprint import EngineMemory, Footprint
 from .memory import resident_bytes
+from .memory_limit import MemoryLimit, Sizes
 from .onnx_graph import OnnxGraph, read_graph
 from .onnx_shapes import sized_values
 from .slab_memory import SlabMemory
-from .slab_schedule import Pass
 from .slab_search import Outcome, search
-from .slabs import SlabProgram
 from .spec import ArtifactSpec
 
-if TYPE_CHECKING:
-    from .job import Job
-
-Sizes = Mapping[str, int]
-"""By axis: `batch`, `steps`, `d0`, .."""
-RESERVE = 20
-"""One part in so many of a limit is left for what a prediction misses."""
-Opened = tuple[str, Sizes]
-"""A program by its name, and its sizes."""
-
 
 @final
-@dataclass(frozen=True, kw_only=True)
-class DecodePlan:
-    """How latents are decoded.
-
-    Attributes:
-        batch: latents a call of the whole program; 0: one after the other, in slabs.
-        program, passes: the slabs.
-        peak: bytes beyond what is there before, the images counted.
-        slabs: of all passes, for one latent.
-    """
-
-    batch: int
-    program: SlabProgram | None = None
-    passes: tuple[Pass, ...] = ()
-    peak: int
-    slabs: int = 0
-
-
-@final
-class HostMemory:
-    """Predictions for one artifact on one engine, which holds none of its programs yet.
-
-    Attributes:
-        limit: bytes for the process's whole resident memory; None: no limit.
-        base: what is resident before the first program is opened, and the engine's libraries.
-    """
+class HostMemory(MemoryLimit):
+    """`limit`: of the whole process. `base`: what is resident now, and the engine's libraries."""
 
     def __init__(self, folder: Path, spec: ArtifactSpec, engine: EngineMemory, limit: int | None) -> None:
-        self._folder, self._spec, self._engine = folder, spec, engine
-        self.limit, self.base = limit, resident_bytes() + engine.library_bytes
+        super().__init__(spec, limit, resident_bytes() + engine.library_bytes)
+        self._folder, self._engine = folder, engine
         self._graphs: dict[str, OnnxGraph] = {}
         self._known: dict[tuple[str, str], tuple[Footprint, int]] = {}
-        self._plans: dict[tuple[str, int], DecodePlan] = {}
 
     def footprint(self, name: str, sizes: Sizes) -> Footprint:
-        """One of the artifact's programs; of `sizes` it takes the axes that it has."""
         return self._program(name, sizes)[0]
 
-    def check(self, sizes: Sizes) -> int:
-        """The peak of the process while a batch of these sizes is sampled and decoded, bytes.
-
-        Raises ValueError, with the least that would do, where that is above the limit.
-        """
-        opened: list[Opened] = []
-        peak = 0
-        for name in ("schedule", "prepare", "step"):
-            if name in self._spec.programs:
-                peak = max(peak, self.held(opened) + self.footprint(name, sizes).peak)
-                self._within(peak, f"{name} of {_shown(sizes)}")
-                opened.append((name, sizes))
-        if "decode" in self._spec.programs:
-            peak = max(peak, self.held(opened) + self.plan_decode(sizes, opened).peak)
-        return self.base + peak
-
-    def check_encode(self, sizes: Sizes, opened: Iterable[Opened]) -> None:
-        """Raise ValueError, with the least that would do, unless an image can be encoded beside what is open."""
-        self._within(self.held(opened) + self.footprint("encode", sizes).peak, f"encode of {_shown(sizes)}")
-
-    def held(self, opened: Iterable[Opened]) -> int:
-        """Bytes of programs that are open."""
-        return sum(self.footprint(*one).held for one in opened)
-
-    def plan_decode(self, sizes: Sizes, opened: Iterable[Opened]) -> DecodePlan:
-        """How `sizes["batch"]` latents are decoded beside programs that are open: whole where that fits, else in slabs.
-
-        Raises ValueError, with the least that would do, where nothing fits.
-        """
-        others = self.held(opened)
-        key = str(shapes(self._spec.programs["decode"], sizes)), others
-        if key not in self._plans:
-            self._plans[key] = self._plan_decode(sizes, others)
-        return self._plans[key]
+    def image_bytes(self, sizes: Sizes) -> int:
+        return self._program("decode", {**sizes, "batch": 1})[1]
 
     def plan_slabs(self, sizes: Sizes, room: float) -> Outcome:
-        """The slabs for one latent within `room` bytes; where none fit, those that take least."""
         memory = SlabMemory(self._folder, self._slab_program(sizes), self._engine)
         return search(memory, memory.forced(), memory.values(), (), room)
-
-    def count_slabs(self, sizes: Sizes, passes: Iterable[Pass]) -> int:
-        """Of all passes together."""
-        program = self._slab_program(sizes)
-        return sum(len(program.slabs(one.indices, one.height).starts) for one in passes)
-
-    def _plan_decode(self, sizes: Sizes, others: int) -> DecodePlan:
-        batch = sizes["batch"]
-        whole = DecodePlan(batch=batch, peak=self.footprint("decode", sizes).peak)
-        room = float("inf") if self.limit is None else self.limit - self.limit // RESERVE - self.base - others
-        if whole.peak <= room:
-            return whole
-        single, image = self._program("decode", {**sizes, "batch": 1})
-        images = batch * image if batch > 1 else 0
-        alone = DecodePlan(batch=1, peak=single.peak + images)
-        if alone.peak <= room:
-            return alone
-        outcome = self.plan_slabs(sizes, room - images)
-        self._within(others + min(alone.peak, int(outcome.peak) + images), f"decode of {_shown(sizes)}")
-        program = self._slab_program(sizes)
-        return DecodePlan(
-            batch=0,
-            program=program,
-            passes=outcome.passes,
-            peak=int(outcome.peak) + images,
-            slabs=self.count_slabs(sizes, outcome.passes),
-        )
-
-    def _slab_program(self, sizes: Sizes) -> SlabProgram:
-        if self._spec.slabs is None:
-            raise ValueError(
-                "[decode] memory_limit: the decode does not fit, and the artifact has no segments for slabs "
-                f"({self._spec.provenance.get('slabs', 'an older export')}); export the model again, or raise the limit"
-            )
-        latent = self._spec.programs["decode"].inputs[0].shape
-        return SlabProgram(
-            self._spec.slabs, [size if isinstance(size, int) else sizes[size] for size in latent[2:]]
-        )
 
     def _program(self, name: str, sizes: Sizes) -> tuple[Footprint, int]:
         """(its memory, bytes of its outputs)."""
@@ -158,28 +48,3 @@ class HostMemory:
             outputs = sum(values[output].bytes for output in graph.outputs)
             self._known[key] = self._engine.footprint(graph, values), outputs
         return self._known[key]
-
-    def _within(self, needed: int, what: str) -> None:
-        least = -(-(self.base + needed) * RESERVE // (RESERVE - 1))
-        if self.limit is not None and least > self.limit:
-            raise ValueError(
-                f"[sample] memory_limit={self.limit}: {what} needs at least {least} bytes, "
-                f"{self.base} of them before any program is open; raise the limit, or give a smaller size or batch"
-            )
-
-
-def job_sizes(spec: ArtifactSpec, job: Job, batch: int) -> dict[str, int]:
-    """The axes of all programs that a batch of a job runs."""
-    sizes = {"batch": batch, "steps": len(job.plan)}
-    given = {
-        condition.name: (condition.shape, job.conditional[0][condition.name].shape)
-        for condition in spec.conditions
-    }
-    x = next(tensor for tensor in spec.programs["step"].inputs if tensor.name == "x")
-    for names, numbers in [(x.shape[1:], job.shape), *given.values()]:
-        sizes |= {name: size for name, size in zip(names, numbers, strict=True) if isinstance(name, str)}
-    return sizes
-
-
-def _shown(sizes: Sizes) -> str:
-    return ", ".join(f"{axis}={size}" for axis, size in sizes.items() if axis != "steps")

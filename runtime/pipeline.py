@@ -17,8 +17,9 @@ from .batching import Batching, Sampling, Turns
 from .default_artifact import default_artifact
 from .engine import Engine
 from .engine_auto import open_engine
-from .host_memory import HostMemory, job_sizes
+from .host_memory import HostMemory
 from .job import Job, make_job
+from .memory_limit import job_sizes
 from .programs import Programs
 from .request import OnStep, Settings, make_request
 from .sampling import Images, Watch

@@ -16,7 +16,7 @@ from .sizes import check_size
 from .spec import ArtifactSpec, ProgramSpec
 
 if TYPE_CHECKING:
-    from .host_memory import HostMemory, Opened
+    from .memory_limit import MemoryLimit, Opened
 
 ProgramName = Literal["schedule", "prepare", "step", "decode", "encode"]
 
@@ -34,7 +34,7 @@ class Programs:
     """
 
     def __init__(
-        self, folder: Path, spec: ArtifactSpec, engine: Engine, memory: HostMemory | None = None
+        self, folder: Path, spec: ArtifactSpec, engine: Engine, memory: MemoryLimit | None = None
     ) -> None:
         self._folder = folder
         self._engine = engine

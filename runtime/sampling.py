@@ -15,9 +15,9 @@ from volcast import _core
 from .autoencoder import decode, decode_plan
 from .denoiser import Denoiser, step_inputs
 from .engine import Engine
-from .host_memory import job_sizes
 from .job import Job, stack
 from .memory import PeakMemory
+from .memory_limit import job_sizes
 from .programs import Programs
 from .report import Report, Stopwatch
 from .sampler import noised
