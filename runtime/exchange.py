@@ -26,9 +26,20 @@ CHANNEL_OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]  # fmt: skip
 
+_COME_BACK = (
+    "retry in|the server stops|Server is stopping|Server not ready|no available versions|is not healthy|is not ready|"
+    "unavailable|not at ready state"
+)
+
 
 class Unavailable(ConnectionError):
     """No server, one that stops, or one that has too much to do."""
+
+
+def retry_s(error: Unavailable) -> float | None:
+    """The seconds after which a server that has too much to do asks for another try; None: it asks for none."""
+    hint = re.search(r"retry in ([\d.]+) s", str(error))
+    return float(hint[1]) if hint else None
 
 
 class RequestOptions(Settings, total=False):
@@ -102,8 +113,7 @@ class Exchange:
     def pause_s(self, error: Unavailable) -> float:
         """Seconds to wait before the next try; raises `error` where there is none."""
         self._left -= 1
-        hint = re.search(r"retry in ([\d.]+) s", str(error))
-        pause = max(self._pause_s, float(hint[1])) if hint else self._pause_s
+        pause = max(self._pause_s, retry_s(error) or 0.0)
         self._pause_s *= 2
         if not self._left or (self._end is not None and time.monotonic() + pause > self._end):
             raise error
@@ -183,9 +193,7 @@ class Messages:
 
     def told(self, text: str) -> Exception:
         """The error that a stream tells of: it carries Triton's texts without their codes."""
-        if re.search(
-            r"retry in|the server stops|is not healthy|is not ready|unavailable|not at ready state", text
-        ):
+        if re.search(_COME_BACK, text):
             return Unavailable(text)
         return CancelledError(text) if "cancelled" in text else ValueError(text)
 
