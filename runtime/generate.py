@@ -90,6 +90,7 @@ def prepare(
     seed: int = 0,
     engine: str = "auto",
     threads: int = 1,
+    here: bool = True,
     condition: Iterable[str] = (),
     settings: Settings | None = None,
 ) -> Generation:
@@ -97,6 +98,7 @@ def prepare(
 
     Args:
         count: 0..1,000,000.
+        here: whether the engine is this machine's; otherwise `engine` is not "auto" and need not be installed.
         condition: texts as `parse_dataset_conditions` reads them.
         settings: `steps`, `scheduler`, `guidance`.
 
@@ -115,7 +117,7 @@ def prepare(
     wanted["steps"] = request.sampler.steps
     wanted["scheduler"] = request.sampler.scheduler or spec.scheduler.scheduler
     # An engine for a GPU is opened by the workers alone: the GPU may be elsewhere.
-    name = open_engine(engine, threads).name if engine in ("auto", *INSTALL) else engine
+    name = open_engine(engine, threads).name if here and engine in ("auto", *INSTALL) else engine
     return Generation(
         artifact=artifact.resolve(), artifact_sha256=sha256(artifact / MANIFEST), name=spec.name, count=count,
         seed=seed, engine=name, threads=threads, settings=wanted, conditions=conditions,

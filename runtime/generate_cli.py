@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -44,12 +44,21 @@ def generate(
         typer.Option(
             min=1,
             max=4096,
-            help="Processes, or with --ray actors; left out: as many as there are cores for (one with a GPU's engine).",
+            help="Processes, with --ray actors, with --server requests at a time; left out: as many as there are cores "
+            "for (one with a GPU's engine), 8 a server.",
         ),
     ] = None,
     engine: Annotated[EngineName, typer.Option(help="What runs the networks.")] = "auto",
-    threads: Annotated[int, typer.Option(min=1, max=1024, help="Of each worker.")] = 1,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Of each worker; left out: 1, or the servers'.")
+    ] = None,
     ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster, or auto.")] = None,
+    server: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Host and port of a server's gRPC (volcast serve), which then samples; repeatable."
+        ),
+    ] = None,
     check: Annotated[
         Path | None, typer.Option(help="Do nothing but verify the sha256 of this dataset.")
     ] = None,
@@ -65,12 +74,20 @@ def generate(
     from .default_artifact import default_artifact
     from .generate import prepare
 
+    if ray is not None and server:
+        raise ValueError("[generate] --ray and --server: give one of them")
+    made_with: tuple[str, int] = engine, threads or 1
+    if server and (engine == "auto" or threads is None):
+        from .generate_servers import served_with
+
+        found = served_with(server)
+        made_with = found[0] if engine == "auto" else engine, threads or found[1]
     generation = prepare(
-        artifact or default_artifact(), num, seed=seed, engine=engine, threads=threads, condition=condition or (),
-        settings={"steps": steps, "scheduler": scheduler, "guidance": guidance},
+        artifact or default_artifact(), num, seed=seed, engine=made_with[0], threads=made_with[1], here=not server,
+        condition=condition or (), settings={"steps": steps, "scheduler": scheduler, "guidance": guidance},
     )  # fmt: skip
     try:
-        _generate(generation, out, workers, ray, as_json, quiet)
+        _generate(generation, out, workers, ray, server or (), as_json, quiet)
     except KeyboardInterrupt:
         if not quiet:
             typer.echo(f"volcast: stopped; the same command goes on with {out}", err=True)
@@ -78,8 +95,9 @@ def generate(
 
 
 def _generate(
-    generation: Generation, out: Path, workers: int | None, ray: str | None, as_json: bool, quiet: bool
-) -> None:
+    generation: Generation, out: Path, workers: int | None, ray: str | None, servers: Sequence[str], as_json: bool,
+    quiet: bool,
+) -> None:  # fmt: skip
     from .dataset import open_dataset
     from .generate import run
 
@@ -93,11 +111,12 @@ def _generate(
         lost = 0
         if there < generation.count:
             with (
-                _crew(generation, dataset.parts, workers, ray) as (crew, count),
+                _crew(generation, dataset.parts, workers, ray, servers) as (crew, count),
                 _progress("volumes", generation.count, there, quiet) as on_volume,
             ):
                 if not quiet:
                     where = "processes" if ray is None else "Ray actors"
+                    where = f"requests at a time to {', '.join(servers)}" if servers else where
                     typer.echo(
                         f"volcast: {generation.name} on {generation.engine}, {count} {where}", err=True
                     )
@@ -115,7 +134,7 @@ def _generate(
 
 @contextmanager
 def _crew(
-    generation: Generation, parts: Path, workers: int | None, ray: str | None
+    generation: Generation, parts: Path, workers: int | None, ray: str | None, servers: Sequence[str]
 ) -> Iterator[tuple[Crew, int]]:
     """The workers and how many of them are wanted."""
     from .engine_auto import INSTALL, physical_cores
@@ -124,6 +143,13 @@ def _crew(
     on_cpu = generation.engine in INSTALL
     with ExitStack() as stack:
         crew: Crew
+        if servers:
+            from .generate_servers import AT_ONCE, Servers
+
+            crew = Servers(recipe, servers)
+            stack.callback(crew.close)
+            yield crew, workers or AT_ONCE * len(servers)
+            return
         if ray is None:
             from .generate_processes import Processes
 

@@ -18,6 +18,7 @@ from .job import make_job
 from .programs import Programs
 from .request import Settings, make_request
 from .sampling import Watch
+from .spec import ArtifactSpec
 from .volume import Volume, centred_affine
 
 FAULTS = (ValueError, OSError, MemoryError)
@@ -99,9 +100,16 @@ class Worker:
         images, report = next(iter(self._sampler.run(job, [range(sample, sample + 1)], None, Watch())))
         affine = centred_affine(images.shape[2:], spec.spacing_mm)
         array = np.ascontiguousarray(images[0, 0] if images.shape[1] == 1 else images[0])
-        part = recipe.parts / f"{sample:08}-{secrets.token_hex(8)}.nii.gz"
-        Volume(array, affine, spec.spacing_mm, report).save(part, f"volcast {spec.name} seed {recipe.seed}")
-        return Made(task=task, part=part, sha256=sha256(part), bytes=part.stat().st_size, shape=array.shape)
+        return keep(recipe, spec, task, Volume(array, affine, spec.spacing_mm, report))
+
+
+def keep(recipe: Recipe, spec: ArtifactSpec, task: Task, volume: Volume) -> Made:
+    """Write the volume into the parts' folder. ValueError: no room, the folder is not there."""
+    part = recipe.parts / f"{task.sample:08}-{secrets.token_hex(8)}.nii.gz"
+    volume.save(part, f"volcast {spec.name} seed {recipe.seed}")
+    return Made(
+        task=task, part=part, sha256=sha256(part), bytes=part.stat().st_size, shape=volume.array.shape
+    )
 
 
 @final

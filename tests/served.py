@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import urllib.request
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +55,17 @@ class Served:
         self.process.stderr.close()
         return code
 
+    def end(self) -> None:
+        """Nothing of it is left, whatever it does."""
+        server = self.processes("triton")
+        self.process.kill()
+        for one in server:
+            with suppress(ProcessLookupError):
+                os.kill(one, signal.SIGKILL)
+        self.process.wait()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
     def signal(self, name: str, number: int) -> None:
         """To each of the server's processes whose command holds `name`."""
         found = self.processes(name)
@@ -63,6 +78,12 @@ class Served:
 
     def shared_memory(self) -> list[Path]:
         return list(SHARED_MEMORY.glob(f"volcast_{self.process.pid}_*"))
+
+    def asked(self) -> int:
+        """How many requests the server has ended, the supervisor's two a second among them."""
+        url = f"http://127.0.0.1:{self.http}/v2/models/gaussian/stats"
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            return int(json.load(answer)["model_stats"][0]["inference_count"])
 
     def processes(self, name: str) -> list[int]:
         """The ids of the server's processes whose command holds `name`."""
