@@ -8,7 +8,7 @@ const MOST_SEED = 2n ** 64n - 1n;
 export function show(model) {
   const { shape, spacing_mm: spacing } = model.volume;
   const grid = `${shape.join(" × ")} voxels of ${spacing.map(short).join(" × ")} mm`;
-  $("model-hint").textContent = [model.description, grid].filter(Boolean).join(" ");
+  $("model-hint").textContent = [model.description, grid].filter(Boolean).join("\n");
   limit($("steps"), model.limits.steps);
   $("steps").value = model.default.steps;
   $("steps-hint").textContent = model.limits.steps.join(" to ");

@@ -17,13 +17,14 @@ export class Viewer {
     viewer.#library = await import("./niivue.js");
     viewer.#niivue = new viewer.#library.Niivue({
       backColor: [0, 0, 0, 1],
+      clipPlaneColor: [0, 0, 0, 0],
       crosshairColor: [0.36, 0.76, 0.87, 0.9],
       crosshairWidth: 0.12,
       dragAndDropEnabled: false,
       isCornerOrientationText: true,
       // The wheel scrolls the page until the canvas is clicked.
       scrollRequiresFocus: true,
-      fontColor: [0.75, 0.8, 0.85, 1],
+      fontColor: [0.2, 0.62, 0.78, 1],
       loadingText: "",
       logLevel: "error",
       multiplanarPadPixels: 6,
@@ -73,6 +74,7 @@ export class Viewer {
   #ready() {
     for (const slider of $("sliders").querySelectorAll("input")) slider.disabled = false;
     this.#niivue.setRenderAzimuthElevation(120, 15);
+    this.#niivue.setScale(0.9);
     this.#niivue.createOnLocationChange();
   }
 
