@@ -28,7 +28,7 @@ from .bench import environment, measure, summarize
 @contextmanager
 def server(artifact: Path, engine: EngineName, threads: int) -> Iterator[str]:
     """The gRPC address of a `volcast serve` of its own."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(4)]
     ports = [str(one.getsockname()[1]) for one in sockets]
     for one in sockets:
         one.close()
@@ -45,7 +45,7 @@ def server(artifact: Path, engine: EngineName, threads: int) -> Iterator[str]:
     ]
     command += [
         word
-        for pair in zip(("--http-port", "--grpc-port", "--metrics-port"), ports, strict=True)
+        for pair in zip(("--http-port", "--grpc-port", "--metrics-port", "--port"), ports, strict=True)
         for word in pair
     ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:

@@ -27,6 +27,8 @@ class Served:
     process: subprocess.Popen[str]
     http: int
     grpc: int
+    port: int
+    metrics: int
     lines: list[str] = field(default_factory=list)
     news: threading.Condition = field(default_factory=threading.Condition)
 
@@ -113,10 +115,10 @@ def free_ports(count: int) -> list[int]:
 
 
 def start(artifact: Path, *more: str) -> Served:
-    http, grpc, metrics = free_ports(3)
-    command = [sys.executable, "-m", "volcast", "serve", str(artifact), "--http-port", str(http), "--grpc-port",
+    http, grpc, metrics, port = free_ports(4)
+    command = [sys.executable, "-m", "volcast", "serve", str(artifact), "--port", str(port), "--http-port", str(http), "--grpc-port",
                str(grpc), "--metrics-port", str(metrics), "--engine", "onnxruntime", "--threads", "1", "--drain", "5", *more]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    served = Served(process, http, grpc)
+    served = Served(process, http, grpc, port, metrics)
     threading.Thread(target=served.read, daemon=True).start()
     return served

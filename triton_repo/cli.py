@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import tempfile
+import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -17,9 +18,25 @@ def serve(
         Path | None,
         typer.Argument(help="Folder written by `volcast export`; left out: the bundled hippocampus model."),
     ] = None,
-    http_port: Annotated[int, typer.Option(help="KServe v2 over HTTP.")] = 8000,
-    grpc_port: Annotated[int, typer.Option(help="KServe v2 over gRPC: what volcast's client uses.")] = 8001,
-    metrics_port: Annotated[int, typer.Option(help="Prometheus.")] = 8002,
+    host: Annotated[
+        str, typer.Option(help="Where the gateway listens; anything but loopback needs --keys.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The gateway: page, HTTP API, health, metrics.")] = 8080,
+    keys: Annotated[
+        Path | None, typer.Option(help="API keys, a line `name key` each; also $VOLCAST_API_KEYS.")
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="PEM file with the certificate chain.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file with its private key.")] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen beyond loopback without keys.")
+    ] = False,
+    rate: Annotated[float, typer.Option(help="Requests a second of one key.")] = 10.0,
+    concurrency: Annotated[int, typer.Option(help="Requests of one key that are open.")] = 64,
+    max_voxels: Annotated[int, typer.Option(help="Of one volume.")] = 512 * 512 * 128,
+    store_mib: Annotated[int, typer.Option(help="Memory for volumes that wait for their callers.")] = 1024,
+    http_port: Annotated[int, typer.Option(help="Triton's own, on loopback: KServe v2 over HTTP.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(help="Likewise over gRPC: what volcast's client uses.")] = 8001,
+    metrics_port: Annotated[int, typer.Option(help="Likewise for Prometheus.")] = 8002,
     engine: Annotated[EngineName, typer.Option(help="What runs the networks.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Left out: one a physical core.")] = None,
     active: Annotated[int, typer.Option(help="Samples that take turns.")] = 64,
@@ -30,27 +47,36 @@ def serve(
         typer.Option(help="Its file or folder; left out: /opt/tritonserver, or the wheel nvidia-pytriton."),
     ] = None,
 ) -> None:
-    """Serve an artifact with NVIDIA Triton Inference Server on this machine's loopback address."""
+    """Serve an artifact: NVIDIA Triton Inference Server on loopback, kept alive, and a gateway with a page before it."""
     from volcast.export.triton_config import Serving, model_name, write_model
-    from volcast.runtime.artifact import MANIFEST, read_artifact
-    from volcast.runtime.atomic import sha256
+    from volcast.runtime.artifact import read_artifact
     from volcast.runtime.default_artifact import NAME, default_artifact
-    from volcast.runtime.engine_auto import resolve_engine
 
+    from .gateway.application import LOOPBACK, Application
+    from .gateway.keys import read_keys
+    from .gateway.log import log_to_stderr
+    from .gateway.server import Gateway, check_exposure
+    from .gateway.settings import Limits, Listening
     from .installation import find_installation
     from .supervisor import Ports, Supervisor
 
+    listening = Listening(host=host, port=port, certificate=tls_cert, private_key=tls_key, insecure=insecure)
+    known = read_keys(keys)
+    check_exposure(listening, known)
+    limits = Limits(rate=rate, concurrency=concurrency, voxels=max_voxels, store_bytes=store_mib * 2**20)
     folder = (artifact or default_artifact()).resolve()
     spec = read_artifact(folder)
     name = NAME if artifact is None else model_name(spec)
-    engine, threads = resolve_engine(engine, threads)
-    serving = Serving(
-        artifact=str(folder), artifact_sha256=sha256(folder / MANIFEST), engine=engine, threads=threads, active=active,
-        queue=queue,
-    )  # fmt: skip
+    serving = Serving(artifact=str(folder), engine=engine, threads=threads, active=active, queue=queue)
     ports = Ports(http=http_port, grpc=grpc_port, metrics=metrics_port)
+    log_to_stderr()
+    application = Application(
+        spec, name, grpc=f"127.0.0.1:{grpc_port}", triton_metrics=f"127.0.0.1:{metrics_port}", keys=known,
+        limits=limits, hosts=None if known or insecure else LOOPBACK,
+    )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="volcast-serve-") as scratch:
         installation = find_installation(Path(scratch), tritonserver)
+        gateway = Gateway(listening, application, drain_s=drain)
         repository = Path(scratch) / "models"
         repository.mkdir()
         write_model(repository, name, spec, serving)
@@ -58,6 +84,24 @@ def serve(
             installation, repository, name, ports,
             lambda line: typer.echo(f"volcast: {line}", err=True), drain_s=drain,
         )  # fmt: skip
+
+        def end() -> None:
+            gateway.stop()
+            supervisor.stop()
+
+        ending = threading.Thread(target=end, name="volcast ends")
+
+        def stop(*_: object) -> None:
+            if ending.ident is None:
+                ending.start()
+            else:
+                gateway.hurry()
+
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: supervisor.stop())
-        supervisor.run()
+            signal.signal(number, stop)
+        gateway.start()
+        typer.echo(f"volcast: gateway on {gateway.url}", err=True)
+        try:
+            supervisor.run()
+        finally:
+            gateway.stop()

@@ -1,0 +1,1 @@
+"""The gateway: HTTP for people and programs in front of a Triton that only it may reach."""

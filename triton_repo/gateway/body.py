@@ -1,0 +1,188 @@
+"""A request's body: bounded before it is parsed, typed by the artifact's inputs, checked by what `Model.submit` checks."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import reprlib
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import numpy as np
+from pydantic import BaseModel, ValidationError
+
+from volcast.runtime.interface import Array, as_bytes, inputs, read_request
+from volcast.runtime.job import Job, make_job
+from volcast.runtime.request import make_request
+from volcast.runtime.sizes import latent_sizes
+from volcast.runtime.spec import ArtifactSpec
+
+from .refusal import Refusal
+from .settings import Limits
+
+DEPTH, DIGITS = 8, 64
+"""Of brackets inside brackets: the body, `condition` and an array of five axes are seven. Of a number's letters."""
+# The closing quote is optional, so that the search takes one pass also over what is no JSON.
+_TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
+_LONG = re.compile(rb"[0-9eE.+-]{%d}" % (DIGITS + 1))
+_DECIMAL = re.compile(r"[0-9]{1,20}")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """A request that the server will take.
+
+    Attributes:
+        tensors: what it is sent.
+        seed, samples: as in `Model.sample_many`.
+        steps: calls of the network.
+        shape: the spatial shape of each volume.
+    """
+
+    tensors: Mapping[str, Array]
+    seed: int
+    samples: int
+    steps: int
+    shape: tuple[int, ...]
+
+
+@final
+class BodyReader:
+    """Reads bodies for one artifact. Safe to use from any thread."""
+
+    def __init__(self, spec: ArtifactSpec, schema: type[BaseModel], limits: Limits) -> None:
+        self._spec, self._schema, self._limits = spec, schema, limits
+        self._inputs = {tensor.name: tensor for tensor in inputs(spec)}
+
+    def read(self, content: bytes) -> Order:
+        """Raises `Refusal`: anything that the server would refuse, in volcast's words, or that is beyond a limit."""
+        try:
+            return self._order(self._typed(parse_json(content)))
+        except ValueError as error:
+            raise Refusal("invalid", " ".join(str(error).split())) from error
+
+    def _typed(self, given: Any) -> dict[str, Any]:
+        if not isinstance(given, dict):
+            raise ValueError('[request] the body is no JSON object; write {"steps": 25}')  # noqa: TRY004  (of the request)
+        try:
+            return self._schema.model_validate(given).model_dump(exclude_none=True)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False)[0]
+            name = str(first["loc"][0])
+            if name not in self._schema.model_fields:
+                known = ", ".join(self._schema.model_fields)
+                raise ValueError(f"[request] unknown field {reprlib.repr(name)}; known: {known}") from error
+            need = self._schema.model_fields[name].description
+            raise ValueError(f"[request] {name}={reprlib.repr(given[name])}: need {need}") from error
+
+    def _order(self, body: dict[str, Any]) -> Order:
+        condition = body.pop("condition", {})
+        seed = self._seed(body.pop("seed", None))
+        tensors = {name: self._tensor(name, value) for name, value in body.items()}
+        tensors |= {"seed": np.array([seed], np.uint64), "output_format": as_bytes("nifti")}
+        asked = read_request(self._spec, tensors)
+        spatial, _ = latent_sizes(self._spec, asked.size, "request")
+        shape = volume_shape(self._spec, spatial)
+        self._check_bytes(shape, asked.samples)
+        request = make_request(self._spec, seed, asked.settings)
+        job = make_job(self._spec, request, asked.samples, 1, condition, asked.size)
+        self._check_previews(job, asked.preview_every, asked.samples)
+        tensors |= self._conditions(condition)
+        return Order(tensors=tensors, seed=seed, samples=asked.samples, steps=len(job.plan), shape=shape)
+
+    def _seed(self, given: int | str | None) -> int:
+        if given is None:
+            return secrets.randbits(64)
+        if isinstance(given, str) and not _DECIMAL.fullmatch(given) or not 0 <= int(given) < 2**64:
+            raise ValueError(f"[request] seed={reprlib.repr(given)}: need 0..{2**64 - 1}")
+        return int(given)
+
+    def _tensor(self, name: str, value: Any) -> Array:
+        if isinstance(value, str):
+            try:
+                return as_bytes(value)
+            except UnicodeEncodeError as error:
+                raise ValueError(f"[request] {name}: not UTF-8 text") from error
+        try:
+            with np.errstate(over="ignore"):
+                return np.array(value if isinstance(value, list) else [value], self._inputs[name].dtype)
+        except OverflowError as error:
+            raise ValueError(f"[request] {name}={reprlib.repr(value)}: need {self._inputs[name].text}") from error  # fmt: skip
+
+    def _conditions(self, given: Mapping[str, Any]) -> dict[str, Array]:
+        """What `make_job` has found good, as tensors."""
+        found = {}
+        for name, value in given.items():
+            array = np.asarray(value).astype(self._inputs[name].dtype)
+            found[name] = array if array.ndim else array.reshape(1)
+        return found
+
+    def _check_bytes(self, shape: tuple[int, ...], samples: int) -> None:
+        voxels, most = math.prod(shape), self._limits.voxels
+        if voxels > most:
+            raise Refusal("too_large", f"[request] size: volumes of {_times(shape)} = {voxels} voxels; this server makes up to {most}")  # fmt: skip
+        if 4 * voxels * samples > self._limits.store_bytes:
+            raise Refusal("too_large", f"[request] num_samples={samples}: {samples} volumes of {_times(shape)} are more than this server keeps at once; ask for fewer")  # fmt: skip
+
+    def _check_previews(self, job: Job, every: int, samples: int) -> None:
+        most = self._limits.previews
+        if every and len(job.plan) // every * samples > most:
+            least = -(-len(job.plan) * samples // most)
+            raise ValueError(
+                f"[request] preview_every={every}: more than {most} previews; need {least} or more"
+            )
+
+
+def parse_json(content: bytes) -> Any:
+    """The value in `content`; nothing: an empty object. Raises ValueError, before it parses: too deep, a number too long."""
+    if not content:
+        return {}
+    bare = _TEXT.sub(b"", content)
+    marks = np.frombuffer(bare, np.uint8)
+    steps = np.isin(marks, (91, 123)).astype(np.int8) - np.isin(marks, (93, 125)).astype(np.int8)
+    depth = int(np.cumsum(steps, dtype=np.int32).max(initial=0))
+    if depth > DEPTH:
+        raise ValueError(f"[request] brackets {depth} deep: need {DEPTH} or fewer")
+    if _LONG.search(bare):
+        raise ValueError(f"[request] a number of more than {DIGITS} letters: write it shorter")
+    try:
+        return json.loads(content.decode(), parse_constant=_refuse_constant, object_pairs_hook=_once)
+    except UnicodeDecodeError as error:
+        raise ValueError("[request] the body is not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"[request] the body is no JSON: {error}") from error
+
+
+def volume_shape(spec: ArtifactSpec, spatial: Sequence[int]) -> tuple[int, ...]:
+    """The spatial shape of the volume that is decoded from a latent of the spatial sizes `spatial`."""
+    if "decode" not in spec.programs:
+        return tuple(spatial)
+    image = spec.programs["decode"].outputs[0]
+    x = next(tensor for tensor in spec.programs["step"].inputs if tensor.name == "x")
+    found = []
+    for out, axis, size in zip(image.shape[2:], x.shape[2:], spatial, strict=True):
+        if isinstance(out, str) and isinstance(axis, str):
+            # Both axes were exported with the same bounds, but for the decoder's factor.
+            found.append(size * spec.axis(out).minimum // spec.axis(axis).minimum)
+        else:
+            found.append(out if isinstance(out, int) else spec.axis(out).minimum)
+    return tuple(found)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"[request] {name} is no JSON: need finite numbers")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("[request] a name is given twice in one object: give it once")
+    return found
+
+
+def _times(shape: Sequence[int]) -> str:
+    return " x ".join(str(size) for size in shape)
