@@ -52,7 +52,8 @@ class Sampling(Future[Volume]):
     """One sample under way. `cancel` takes it out before its next step, also when it has begun.
 
     Attributes:
-        seconds: of wall time by name, once done: queue and steps together, and decode.
+        seconds: of wall time by name, once done: until the first step was seen to be done ("first_step", not before the
+            volume that is decoded meanwhile), queue and steps together ("steps"), and "decode".
     """
 
     def __init__(self, batcher: _core.Batcher) -> None:
@@ -75,6 +76,7 @@ class _Open:
     on_step: OnStep | None
     on_preview: OnPreview | None
     began: float
+    step: int = 0
 
 
 @final
@@ -94,6 +96,8 @@ class Batching:
         self._batcher = _core.Batcher(active=active, queue=queue)
         self._groups: dict[Any, int] = {}
         self.lanes: dict[tuple[int, ...], list[LaneReport]] = {}
+        self.steps = 0
+        """Steps of samples that have been taken, those of samples that were cancelled among them."""
         self._open: dict[int, _Open] = {}
         self._submitting = threading.Lock()
         self._known = threading.Lock()
@@ -178,6 +182,10 @@ class Batching:
             for event in self._batcher.wait(1.0):
                 with self._known:
                     one = self._open[event.id]
+                self.steps += event.step - one.step
+                one.step = event.step
+                if event.step:
+                    one.sampling.seconds.setdefault("first_step", time.perf_counter() - one.began)
                 try:
                     self._answer_one(event, one)
                 except Exception as error:  # noqa: BLE001  (a callback's, or the decoder's: it ends its own sample, not the thread)
@@ -203,7 +211,7 @@ class Batching:
                 one.on_step(event.steps, event.steps)
             stepped = time.perf_counter()
             volume = self._volume(event, one)
-            sampling.seconds = {"steps": stepped - one.began, "decode": time.perf_counter() - stepped}
+            sampling.seconds |= {"steps": stepped - one.began, "decode": time.perf_counter() - stepped}
             sampling.set_result(volume)
         elif event.happened == _core.Happened.CANCELLED:
             sampling.set_exception(

@@ -19,19 +19,27 @@ __all__ = ["Client", "Unavailable"]
 class Client:
     """Asks a server for volumes. Safe to use from any thread; `close` it, or use it as a context manager."""
 
-    def __init__(self, address: str = "127.0.0.1:8001", model: str | None = None, *, tries: int = 5) -> None:
+    def __init__(
+        self,
+        address: str = "127.0.0.1:8001",
+        model: str | None = None,
+        *,
+        tries: int = 5,
+        shared_memory: bool = False,
+    ) -> None:
         """
         Args:
             address: host and port of Triton's gRPC.
             model: its name on the server; None: the only one there.
             tries: how often a request is sent, always with the same seed, before `Unavailable` is raised.
+            shared_memory: volumes come through /dev/shm, for a server on this machine; previews and images as messages.
         """
         import grpc
         from tritonclient.grpc import service_pb2_grpc
 
         if tries < 1:
             raise ValueError(f"[client] tries={tries}: need 1 or more")
-        self._messages, self._tries = Messages(address, model), tries
+        self._messages, self._tries, self._shared_memory = Messages(address, model), tries, shared_memory
         self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
@@ -60,10 +68,13 @@ class Client:
             Unavailable: no server or no place, after all tries.
             TimeoutError, concurrent.futures.CancelledError: what they say.
         """
-        exchange = Exchange(n, seed, options, self._tries)
+        exchange = Exchange(n, seed, options, self._tries, self._shared_memory)
         while True:
             try:
-                with closing(self.answers(exchange.given, exchange.rest_s())) as answers:
+                with (
+                    exchange.attempt() as given,
+                    closing(self.answers(given, exchange.rest_s())) as answers,
+                ):
                     for tensors in answers:
                         exchange.hear(tensors)
                 return exchange.volumes()

@@ -19,11 +19,19 @@ class AsyncClient:
     A task that is cancelled cancels its request: the server lets its samples go before their next step.
     """
 
-    def __init__(self, address: str = "127.0.0.1:8001", model: str | None = None, *, tries: int = 5) -> None:
+    def __init__(
+        self,
+        address: str = "127.0.0.1:8001",
+        model: str | None = None,
+        *,
+        tries: int = 5,
+        shared_memory: bool = False,
+    ) -> None:
         """As `Client` says."""
         if tries < 1:
             raise ValueError(f"[client] tries={tries}: need 1 or more")
-        self._messages, self._address, self._tries = Messages(address, model), address, tries
+        self._messages, self._address = Messages(address, model), address
+        self._tries, self._shared_memory = tries, shared_memory
         self._channel: Any = None
 
     async def __aenter__(self) -> AsyncClient:
@@ -45,12 +53,13 @@ class AsyncClient:
         self, n: int, seed: int | None = None, **options: Unpack[RequestOptions]
     ) -> list[Volume]:
         """`Client.sample_many`; callbacks run in the event loop."""
-        exchange = Exchange(n, seed, options, self._tries)
+        exchange = Exchange(n, seed, options, self._tries, self._shared_memory)
         while True:
             try:
-                async with aclosing(self.answers(exchange.given, exchange.rest_s())) as answers:
-                    async for tensors in answers:
-                        exchange.hear(tensors)
+                with exchange.attempt() as given:
+                    async with aclosing(self.answers(given, exchange.rest_s())) as answers:
+                        async for tensors in answers:
+                            exchange.hear(tensors)
                 return exchange.volumes()
             except Unavailable as error:
                 await asyncio.sleep(exchange.pause_s(error))

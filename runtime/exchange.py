@@ -6,15 +6,17 @@ import math
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
+from contextlib import contextmanager
 from typing import Any, Literal, final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .answers import unpack_volume
+from .answers import fetch_volume, unpack_volume
 from .interface import Array, as_bytes, text_of
+from .region import Region, make_region
 from .request import OnStep, Settings
 from .volume import Volume
 
@@ -68,9 +70,11 @@ class RequestOptions(Settings, total=False):
 
 @final
 class Exchange:
-    """One call of `sample_many`: the inputs that are sent (`given`), what has come, and how often it may be tried."""
+    """One call of `sample_many`: what is sent, what has come, and how often it may be tried."""
 
-    def __init__(self, n: int, seed: int | None, options: RequestOptions, tries: int) -> None:
+    def __init__(
+        self, n: int, seed: int | None, options: RequestOptions, tries: int, shared_memory: bool
+    ) -> None:
         asked: dict[str, Any] = dict(options)
         self._n, self._left, self._pause_s = n, tries, 0.25
         self._on_step: OnStep | None = asked.pop("on_step", None)
@@ -81,7 +85,7 @@ class Exchange:
         self._image = asked.pop("image", None)
         condition = asked.pop("condition", None) or {}
         # A drawn seed is drawn here, so that a second try asks for the same volumes.
-        self.given = {
+        self._given: dict[str, Any] = {
             "output_format": "float32", **asked, **condition,
             "seed": secrets.randbits(64) if seed is None else seed, "num_samples": n,
             "image": self._image.array if isinstance(self._image, Volume) else self._image,
@@ -90,10 +94,21 @@ class Exchange:
         }  # fmt: skip
         self._volumes: dict[int, Volume] = {}
         self._steps: dict[int, tuple[int, int]] = {}
+        self._shared_memory = shared_memory
+        self._region: Region | None = None
 
     def rest_s(self) -> float | None:
         """Seconds that a try may take; None: any number."""
         return None if self._end is None else max(0.0, self._end - time.monotonic())
+
+    @contextmanager
+    def attempt(self) -> Iterator[dict[str, Any]]:
+        """The inputs of one try, for as long as its answers come."""
+        if not self._shared_memory:
+            yield self._given
+            return
+        with make_region() as self._region:
+            yield {**self._given, "region": self._region.name}
 
     def hear(self, tensors: Mapping[str, Array]) -> None:
         """Take one answer; what a callback raises passes."""
@@ -104,6 +119,8 @@ class Exchange:
         elif kind == "preview" and self._on_preview is not None:
             self._on_preview(int(tensors["step"][0]), self._framed(tensors))
         elif kind == "volume":
+            if self._region is not None:
+                tensors = fetch_volume(tensors, self._given["output_format"], self._region)
             self._volumes[sample] = self._framed(tensors)
 
     def volumes(self) -> list[Volume]:

@@ -59,6 +59,7 @@ def inputs(spec: ArtifactSpec) -> tuple[Tensor, ...]:
         Tensor(name="progress_every", dtype="int32", shape=one, text="steps between reports of progress, default 0: none"),
         Tensor(name="preview_every", dtype="int32", shape=one, text="steps between previews, default 0: none"),
         Tensor(name="output_format", dtype="uint8", shape=(-1,), text=f"{', '.join(FORMATS)}; default float16"),
+        Tensor(name="region", dtype="uint8", shape=(-1,), text="a client's file in /dev/shm for the volumes, default none"),
     ]  # fmt: skip
     if "encode" in spec.programs:
         found += [
@@ -99,6 +100,8 @@ def outputs(spec: ArtifactSpec) -> tuple[Tensor, ...]:
         Tensor(name="volume_uint16", dtype="uint16", shape=volume, text="likewise: value = scale[0] * number + scale[1]"),
         Tensor(name="scale", dtype="float32", shape=(2,), text="with volume_uint16"),
         Tensor(name="nifti", dtype="uint8", shape=(-1,), text="likewise: a .nii.gz file"),
+        Tensor(name="region_offset", dtype="int64", shape=(1,), text="of a volume, where a region was given: its first byte"),
+        Tensor(name="region_shape", dtype="int64", shape=(-1,), text="likewise: its sizes"),
         Tensor(name="affine", dtype="float64", shape=(4, 4), text="of a preview or volume: voxel indices to millimetres, RAS+"),
         Tensor(name="seconds", dtype="float32", shape=(2,), text="of a volume: queue and steps, decode"),
     )  # fmt: skip
@@ -132,6 +135,7 @@ class Asked:
     progress_every: int
     preview_every: int
     output_format: Format
+    region: str | None
 
 
 def read_request(spec: ArtifactSpec, given: Mapping[str, Array]) -> Asked:
@@ -176,6 +180,7 @@ def read_request(spec: ArtifactSpec, given: Mapping[str, Array]) -> Asked:
         progress_every=_whole(given, "progress_every", 0, 0, MOST_STEPS),
         preview_every=_whole(given, "preview_every", 0, 0, MOST_STEPS),
         output_format=form,
+        region=_text(given, "region"),
     )
 
 

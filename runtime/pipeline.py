@@ -103,6 +103,11 @@ class Model:
         if self._batching is not None:
             self._batching.close(drain=drain)
 
+    @property
+    def batching(self) -> Batching | None:
+        """What `submit` started, to look at."""
+        return self._batching
+
     def sample(
         self,
         seed: int = 0,
@@ -145,7 +150,8 @@ class Model:
             condition: values by the name of a condition or field, for all samples, or a sequence of n of them.
             size: the latent's spatial sizes; None: `latent_shape[1:]`, with an image the image's.
             image: an image to start from, as `encode` takes it, one for all samples; `strength` says how far it is
-                noised. The affine of a Volume passes to the samples. None: start from pure noise.
+                noised. The affine of a Volume passes to the samples, without an image that of a condition which is one
+                (a label map). None: start from pure noise.
             on_step: called with the steps done and to do, over all batches; what it raises stops the run.
             on_preview: called with the steps done of a batch and its images as they are by then, `[N, 1, D, H, W]`.
             preview_every: 1 or more steps between previews.
@@ -239,7 +245,7 @@ class Model:
                 )
             x0, size = z[0], z.shape[2:]
         job = make_job(self.spec, request, n, batch, condition, size)
-        return job, x0, (image.affine, image.spacing_mm) if isinstance(image, Volume) else None
+        return job, x0, _frame(image, condition)
 
     def _every(self, preview_every: int) -> int:
         every = whole(preview_every)
@@ -263,6 +269,16 @@ class Model:
             for image in images:
                 array = np.ascontiguousarray(image[0] if image.shape[0] == 1 else image)
                 yield Volume(array, affine, spacing, report)
+
+
+def _frame(image: Any, condition: Condition | Sequence[Condition] | None) -> Frame | None:
+    """Where the samples lie: where the image does, or else a condition that is a Volume (a label map)."""
+    each = condition if isinstance(condition, Sequence) else [condition or {}]
+    given = [image] if image is not None else [value for one in each for value in one.values()]
+    frames = [(one.affine, one.spacing_mm) for one in given if isinstance(one, Volume)]
+    if any((affine != frames[0][0]).any() for affine, _ in frames):
+        raise ValueError("[sample] the conditions lie in different places (affine): sample them one by one")
+    return frames[0] if frames else None
 
 
 def _kept(folder: Path, spec: ArtifactSpec, engine: Engine, limit: int) -> HostMemory:

@@ -16,10 +16,12 @@ import numpy as np
 
 from volcast import _core
 
-from .answers import pack_volume
+from .answers import pack_volume, place_volume
 from .batching import Expired, Sampling, Turns
 from .interface import Array, Asked, as_bytes, read_request
+from .metrics import Tally
 from .pipeline import Model
+from .region import Region, open_region
 from .sampling import Images
 from .volume import Volume, centred_affine
 
@@ -52,6 +54,7 @@ class _Open:
     asked: Asked
     reply: Reply
     seed: int
+    region: Region | None = None
     parts: int = 1
     futures: list[Sampling] = field(default_factory=list)
     error: BaseException | None = None
@@ -75,6 +78,7 @@ class Service:
         self._model, self._most = model, most
         self._open: dict[int, _Open] = {}
         self._known = threading.Lock()
+        self._tally = Tally()
         self._closed = threading.Event()
         # Encoding an image or opening a program for a new size takes seconds, which who calls `accept` must not wait.
         self._starter = ThreadPoolExecutor(1, "volcast starts")
@@ -85,21 +89,34 @@ class Service:
         """Check a request and queue it; returns at once. `reply` hears all that becomes of it."""
         try:
             asked = read_request(self._model.spec, tensors)
+            region = None if asked.region is None else open_region(asked.region)
         except ValueError as error:
+            self._tally.ended("invalid")
             reply.fail("invalid", str(error))
             return
         seed = secrets.randbits(64) if asked.seed is None else asked.seed
-        one = _Open(asked=asked, reply=reply, seed=seed)
+        one = _Open(asked=asked, reply=reply, seed=seed, region=region)
         with self._known:
             full = len(self._open) >= self._most
             if not full and not self._closed.is_set():
                 self._open[id(one)] = one
                 self._starter.submit(self._start, one)
                 return
+        if region is not None:
+            region.close()
+        self._tally.ended("unavailable")
         reply.fail(
             "unavailable",
             "[request] the queue is full; retry in 1 s" if full else "[request] the server stops",
         )
+
+    def totals(self) -> dict[tuple[str, str], float]:
+        """Counters and gauges (metrics.py) by name and label value."""
+        return self._tally.totals(self._model.batching)
+
+    def take_seconds(self) -> list[tuple[str, float]]:
+        """Phases of the volumes answered since the last call, and how long they took."""
+        return self._tally.take_seconds()
 
     def close(self) -> None:
         """Take no more requests, answer those that are open, end every thread and the model."""
@@ -166,7 +183,10 @@ class Service:
                     "seconds": np.array([seconds["steps"], seconds["decode"]], np.float32),
                     **pack_volume(volume, one.asked.output_format),
                 }
+                if one.region is not None:
+                    tensors = place_volume(tensors, one.asked.output_format, one.region)
                 one.reply.send(tensors)
+                self._tally.made(seconds)
         except (Exception, CancelledError) as error:  # noqa: BLE001  (it is the request's answer)
             one.fail(error)
         self._release(one)
@@ -178,10 +198,15 @@ class Service:
                 return
         with self._known:
             del self._open[id(one)]
+        if one.region is not None:
+            one.region.close()
         if one.error is None:
+            self._tally.ended("done")
             one.reply.finish()
         else:
-            one.reply.fail(*_told(one.error))
+            reason, text = _told(one.error)
+            self._tally.ended(reason)
+            one.reply.fail(reason, text)
 
     def _send(self, one: _Open, tensors: dict[str, Array]) -> None:
         if one.error is None:

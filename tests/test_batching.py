@@ -33,7 +33,7 @@ def test_a_future_gives_the_volume_of_sample(model: Model) -> None:
         np.testing.assert_array_equal(volume.array, alone.array)
         np.testing.assert_array_equal(volume.affine, alone.affine)
         assert volume.spacing_mm == alone.spacing_mm
-    assert future.seconds.keys() == {"steps", "decode"}
+    assert future.seconds.keys() == {"first_step", "steps", "decode"}
 
 
 def test_one_request_can_ask_for_a_later_sample_of_its_seed(model: Model) -> None:

@@ -24,6 +24,7 @@ from volcast.runtime.atomic import sha256
 from volcast.runtime.interface import Array
 from volcast.runtime.pipeline import load
 from volcast.runtime.service import Reason, Reply, Service
+from volcast.triton_repo.metrics import Metrics
 
 CODES = {
     "invalid": "INVALID_ARG",
@@ -91,6 +92,9 @@ class TritonPythonModel:
         active, queue = int(given["active"]), int(given["queue"])
         model = load(artifact, given["engine"], threads, active=active, queue=queue)
         self._service = Service(model, most=active + queue)
+        self._metrics = Metrics(
+            self._service, {"model": args["model_name"], "version": args["model_version"]}
+        )
 
     def execute(self, requests: Sequence[Any]) -> None:
         for request in requests:
@@ -100,3 +104,4 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         self._service.close()
+        self._metrics.close()
