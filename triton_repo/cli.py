@@ -49,8 +49,10 @@ def serve(
 ) -> None:
     """Serve an artifact: NVIDIA Triton Inference Server on loopback, kept alive, and a gateway with a page before it."""
     from volcast.export.triton_config import Serving, model_name, write_model
-    from volcast.runtime.artifact import read_artifact
+    from volcast.runtime.artifact import MANIFEST, read_artifact
+    from volcast.runtime.atomic import sha256
     from volcast.runtime.default_artifact import NAME, default_artifact
+    from volcast.runtime.engine_auto import resolve_engine
 
     from .gateway.application import LOOPBACK, Application
     from .gateway.keys import read_keys
@@ -67,7 +69,11 @@ def serve(
     folder = (artifact or default_artifact()).resolve()
     spec = read_artifact(folder)
     name = NAME if artifact is None else model_name(spec)
-    serving = Serving(artifact=str(folder), engine=engine, threads=threads, active=active, queue=queue)
+    engine, threads = resolve_engine(engine, threads)
+    serving = Serving(
+        artifact=str(folder), artifact_sha256=sha256(folder / MANIFEST), engine=engine, threads=threads, active=active,
+        queue=queue,
+    )  # fmt: skip
     ports = Ports(http=http_port, grpc=grpc_port, metrics=metrics_port)
     log_to_stderr()
     application = Application(
