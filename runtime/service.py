@@ -91,7 +91,7 @@ class Service:
             asked = read_request(self._model.spec, tensors)
             region = None if asked.region is None else open_region(asked.region)
         except ValueError as error:
-            self._tally.ended("invalid")
+            self._tally.refused("invalid")
             reply.fail("invalid", str(error))
             return
         seed = secrets.randbits(64) if asked.seed is None else asked.seed
@@ -100,11 +100,12 @@ class Service:
             full = len(self._open) >= self._most
             if not full and not self._closed.is_set():
                 self._open[id(one)] = one
+                self._tally.began()
                 self._starter.submit(self._start, one)
                 return
         if region is not None:
             region.close()
-        self._tally.ended("unavailable")
+        self._tally.refused("unavailable")
         reply.fail(
             "unavailable",
             "[request] the queue is full; retry in 1 s" if full else "[request] the server stops",

@@ -55,7 +55,12 @@ class Metrics:
         for key, total in self._service.totals().items():
             change = total - self._told.get(key, 0)
             if change:
-                self._metric(self._known[key[0]], key[1]).increment(change)
+                kind = self._known[key[0]]
+                metric = self._metric(kind, key[1])
+                if kind.kind == "gauge":
+                    metric.set(total)
+                else:
+                    metric.increment(change)
                 self._told[key] = total
         histogram = self._known["volcast_volume_seconds"]
         for phase, seconds in self._service.take_seconds():
