@@ -34,7 +34,7 @@ export async function* generate(model, body, signal) {
     signal,
   });
   for await (const { event, data } of events(response.body)) {
-    if (event === "error") throw new ApiError(data.error ?? data);
+    if (event === "error") throw new ApiError(data.error, data.retry_s);
     yield { event, data };
     if (event === "end") return;
   }

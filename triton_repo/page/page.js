@@ -78,9 +78,7 @@ async function follow(body, began) {
       $("bar").value = data.step / data.steps;
       tell(data.step < data.steps ? `Step ${data.step} of ${data.steps}` : "Decoding", false);
     } else if (event === "preview") {
-      const blob = await api.volume(data.url, signal);
-      $("news").textContent = `Preview after step ${data.step} of ${data.steps}`;
-      addFrame(String(data.step), blob);
+      await preview(data, signal);
     } else if (event === "volume") {
       tell("Fetching the volume", false);
       const record = { model: name, body, seed: String(data.seed), shape: data.shape, affine: data.affine };
@@ -92,6 +90,16 @@ async function follow(body, began) {
       $("bar").value = 1;
       tell(`Done in ${record.seconds.toFixed(1)} s`);
     }
+  }
+}
+
+async function preview({ url, step, steps }, signal) {
+  try {
+    addFrame(String(step), await api.volume(url, signal));
+    $("news").textContent = `Preview after step ${step} of ${steps}`;
+  } catch (error) {
+    // Under load the gateway lets previews go first; the volume will come.
+    if (error.code !== "not_found") throw error;
   }
 }
 

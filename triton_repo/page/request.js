@@ -16,11 +16,12 @@ export function show(model) {
   $("scheduler").value = model.default.scheduler;
   $("guidance-field").hidden = !model.guidance;
   $("guidance").value = "";
-  if (model.limits.guidance) limit($("guidance"), model.limits.guidance);
+  limit($("guidance"), model.limits.guidance);
   $("conditions").replaceChildren(...model.conditions.map(condition));
   const axes = model.default.size.map((size, axis) => {
     const label = `Axis ${axis + 1}`;
-    const input = make("input", { id: `size-${axis}`, type: "number", step: 1, min: 1, placeholder: size });
+    const { minimum: min, maximum: max, multiple: step } = model.limits.size[axis];
+    const input = make("input", { id: `size-${axis}`, type: "number", min, max, step, placeholder: size });
     return make("div", { className: "field" }, make("label", { for: input.id }, label), input);
   });
   $("size").replaceChildren($("size").firstElementChild, make("div", { className: "triple" }, ...axes));
@@ -117,7 +118,7 @@ function number(field) {
 function whole(one) {
   const id = `condition-${one.name}`;
   const hint = make("p", { id: `${id}-hint`, className: "hint" }, `A number or nested lists, shape ${one.shape.join(" × ") || "of one number"}`);
-  const input = make("textarea", { id, rows: 2, spellcheck: false, "aria-describedby": hint.id, "data-condition": one.name });
+  const input = make("textarea", { id, rows: 2, spellcheck: false, required: one.required, "aria-describedby": hint.id, "data-condition": one.name });
   input.addEventListener("input", () => {
     let right = true;
     try {

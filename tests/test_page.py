@@ -1,0 +1,408 @@
+"""The gateway's page in headless Chromium: real gateway, real tritonserver, keyboard, eyes and screen reader."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
+from served import Served
+
+from volcast.runtime.artifact import read_artifact
+from volcast.runtime.pipeline import load
+from volcast.runtime.volume import Volume, read_nifti
+from volcast.triton_repo.gateway.application import Application
+from volcast.triton_repo.gateway.keys import Keys
+from volcast.triton_repo.gateway.server import Gateway
+from volcast.triton_repo.gateway.settings import Limits, Listening
+
+FILES = Path(__file__).parent.parent / "triton_repo" / "page"
+KEY = "0123456789abcdef-of-the-tests"
+CHROMIUM = shutil.which("chromium")
+QUIET = ["--no-sandbox", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]  # fmt: skip
+WEBGL = ["--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+PATIENCE_MS = 60_000
+"""Nothing here is timed; a slow machine may take this long for one thing."""
+
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
+ASKED: dict[str, Any] = {"steps": 12, "scheduler": "pndm", "guidance": 2.0, "condition": {"anterior": 0.25}}
+
+
+@pytest.fixture(scope="module")
+def address(served: Served, gaussian: Path) -> Iterator[str]:
+    """A gateway with a key, whose volumes may have 1000 voxels, in front of the tests' server."""
+    application = Application(
+        read_artifact(gaussian), "gaussian", grpc=f"127.0.0.1:{served.grpc}", triton_metrics=None,
+        keys=Keys([("tests", KEY)]), limits=Limits(voxels=1000),
+    )  # fmt: skip
+    gateway = Gateway(Listening(port=0), application, drain_s=1)
+    gateway.start()
+    yield gateway.url
+    gateway.stop()
+
+
+@pytest.fixture(scope="module")
+def open_browser() -> Iterator[Callable[..., Browser]]:
+    expect.set_options(timeout=PATIENCE_MS)
+    with sync_playwright() as playwright:
+        yield lambda *more: playwright.chromium.launch(
+            executable_path=CHROMIUM, args=[*QUIET, *more], timeout=PATIENCE_MS
+        )
+
+
+@pytest.fixture(scope="module")
+def browser(open_browser: Callable[..., Browser]) -> Iterator[Browser]:
+    opened = open_browser(*WEBGL)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where screenshots go: $VOLCAST_SCREENSHOTS, or a temporary folder."""
+    folder = os.environ.get("VOLCAST_SCREENSHOTS")
+    return Path(folder) if folder else tmp_path_factory.mktemp("pictures")
+
+
+def visit(browser: Browser, address: str, *, key: str | None = KEY, **context: Any) -> Page:
+    """A fresh tab on the page, the key given; a script's error or a breach of the CSP fails `quiet`."""
+    page = browser.new_context(**{"viewport": {"width": 1000, "height": 640}, **context}).new_page()
+    page.set_default_timeout(PATIENCE_MS)
+    faults: list[str] = []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
+    page.faults = faults  # type: ignore[attr-defined]
+    page.goto(address)
+    if key is not None:
+        expect(page.locator("#key")).to_be_focused()
+        page.locator("#key").fill(key)
+        page.locator("#key").press("Enter")
+        expect(page.locator("#generate")).to_be_enabled()
+        expect(page.locator("#error")).to_be_hidden()
+    return page
+
+
+@pytest.fixture
+def page(browser: Browser, address: str) -> Iterator[Page]:
+    page = visit(browser, address)
+    yield page
+    page.context.close()
+    # Chromium itself reports refused requests on the console.
+    assert [fault for fault in page.faults if "Failed to load resource" not in fault] == []  # type: ignore[attr-defined]
+
+
+def ask(page: Page, seed: int = 3) -> None:
+    page.get_by_label("Steps").fill("12")
+    page.get_by_label("Scheduler").select_option("pndm")
+    page.get_by_label("Guidance").fill("2")
+    page.get_by_label("anterior", exact=True).fill("0.25")
+    page.get_by_label("Seed").fill(str(seed))
+    page.get_by_label("Seed").press("Enter")
+
+
+def done(page: Page) -> None:
+    expect(page.locator("#state")).to_contain_text("Done")
+
+
+def eventually(page: Page, condition: Callable[[], bool]) -> None:
+    for _ in range(PATIENCE_MS // 100):
+        if condition():
+            return
+        page.wait_for_timeout(100)
+    raise AssertionError("it never came true")
+
+
+def drawn(page: Page) -> np.ndarray:
+    """The canvas as grey levels, once it holds a volume."""
+
+    def look() -> np.ndarray:
+        shot = page.locator("#canvas").screenshot()
+        return np.asarray(Image.open(io.BytesIO(shot)).convert("L"))
+
+    expect(page.locator("#empty")).to_be_hidden()
+    # A black canvas with the crosshair and letters has some dozens of levels at their edges; an image has most of 256.
+    eventually(page, lambda: np.count_nonzero(np.bincount(look().ravel())) > 100)
+    return look()
+
+
+def download(page: Page, control: Locator) -> Volume:
+    with page.expect_download() as coming:
+        control.press("Enter")
+    name = coming.value.suggested_filename
+    path = Path(coming.value.path()).with_name(name)
+    coming.value.save_as(path)
+    return read_nifti(path)
+
+
+def tab_to(page: Page, control: Locator) -> None:
+    """Press Tab until `control` has the focus; all that has it on the way shows it."""
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        # A radio button is drawn by its neighbour.
+        assert page.evaluate(
+            """() => [document.activeElement, document.activeElement.nextElementSibling].some(
+                (one) => one && getComputedStyle(one).outlineStyle === "solid")"""
+        ), page.evaluate("() => document.activeElement.outerHTML")
+        if control.evaluate("(one) => one === document.activeElement"):
+            return
+    raise AssertionError(f"Tab does not reach {control}")
+
+
+@needs_chromium
+def test_the_keyboard_alone_generates_and_downloads(page: Page, gaussian: Path, pictures: Path) -> None:
+    page.locator("body").press("Home")
+    for name, text in (("anterior", "0.25"), ("Steps", "12"), ("Guidance", "2"), ("Seed", "3")):
+        control = page.get_by_label(name, exact=True)
+        tab_to(page, control)
+        page.keyboard.press("Control+A")
+        page.keyboard.type(text)
+        if name == "Steps":
+            tab_to(page, page.get_by_label("Scheduler"))
+            page.keyboard.type("pndm")
+    tab_to(page, page.get_by_role("button", name="Generate"))
+    page.keyboard.press("Enter")
+    done(page)
+    frames = page.locator("#frames input")
+    assert frames.count() >= 2  # previews and the volume; a server that is busy may skip some previews
+    assert frames.last.get_attribute("value") == "final"
+    assert page.locator("#bar").evaluate("(bar) => bar.value") == 1
+    expect(page.locator("#news")).to_contain_text("Done")
+    drawn(page)
+    page.screenshot(path=pictures / "done.png", full_page=True)
+    tab_to(page, page.get_by_role("link", name="Download NIfTI"))
+    found = download(page, page.get_by_role("link", name="Download NIfTI"))
+    with load(gaussian, engine="onnxruntime", threads=1) as model:
+        alone = model.sample(3, **ASKED)
+    np.testing.assert_array_equal(found.array, alone.array)
+    np.testing.assert_array_equal(found.affine, alone.affine)
+
+
+@needs_chromium
+def test_three_planes_and_3d_show_the_volume(page: Page, gaussian: Path, pictures: Path) -> None:
+    ask(page)
+    done(page)
+    both = drawn(page)
+    views = {}
+    for name in ("Three planes", "3D"):
+        page.get_by_label(name, exact=True).check()
+        page.wait_for_timeout(200)
+        views[name] = drawn(page)
+        page.screenshot(path=pictures / f"{name}.png")
+    assert not np.array_equal(views["3D"], views["Three planes"])
+    assert not np.array_equal(views["3D"], both)
+    expect(page.get_by_label("Left–right")).to_be_hidden()
+    page.get_by_label("Turn").press("ArrowRight")
+    eventually(page, lambda: not np.array_equal(drawn(page), views["3D"]))
+    page.get_by_label("Cut").press("End")
+    expect(page.get_by_label("Cut")).to_have_attribute("aria-valuetext", "100 percent")
+
+    page.get_by_label("Three planes").check()
+    with load(gaussian, engine="onnxruntime", threads=1) as model:
+        alone = model.sample(3, **ASKED)
+    for name, key in (("Left–right", "Home"), ("Back–front", "End"), ("Bottom–top", "ArrowRight")):
+        page.get_by_label(name).press(key)
+    expect(page.locator("#place")).to_contain_text("x -3.5, y 8.3")
+    *place, value = map(float, re.findall(r"-?[\d.]+", page.locator("#place").inner_text()))
+    voxel = np.rint((np.array(place) - alone.affine[:3, 3]) / alone.spacing_mm).astype(int)
+    # Four digits after the point are shown.
+    assert abs(value - alone.array[tuple(voxel)]) <= 0.51e-4
+
+
+@needs_chromium
+def test_a_cancelled_run_ends_and_another_can_begin(page: Page) -> None:
+    held: list[Route] = []
+    page.route(
+        "**/v1/volumes/*", lambda route: held.append(route)
+    )  # the run cannot end before its preview has come
+    ask(page)
+    eventually(page, lambda: bool(held))
+    expect(page.get_by_role("button", name="Generate")).to_have_attribute("aria-disabled", "true")
+    page.get_by_role("button", name="Cancel").press("Enter")
+    expect(page.locator("#state")).to_have_text("Cancelled")
+    expect(page.locator("#news")).to_have_text("Cancelled")
+    expect(page.get_by_role("button", name="Generate")).to_be_focused()
+    expect(page.get_by_role("button", name="Cancel")).to_be_disabled()
+    expect(page.get_by_role("link", name="Download NIfTI")).to_be_hidden()
+    page.unroute("**/v1/volumes/*")
+    page.keyboard.press("Enter")
+    done(page)
+
+
+@needs_chromium
+def test_a_drawn_seed_is_shown_and_repeated(page: Page) -> None:
+    page.get_by_label("Steps").fill("5")
+    page.get_by_label("Steps").press("Enter")
+    done(page)
+    first = download(page, page.get_by_role("link", name="Download NIfTI"))
+    seed = page.locator("#facts dd").first.inner_text()
+    page.get_by_label("Steps").fill("7")
+    page.get_by_role("button", name=f"Repeat: seed {seed}").press("Enter")
+    expect(page.get_by_label("Seed", exact=True)).to_have_value(seed)
+    expect(page.get_by_label("Steps")).to_have_value("5")
+    page.get_by_role("button", name="Generate").press("Enter")
+    expect(page.locator("#records li")).to_have_count(2)
+    done(page)
+    second = download(page, page.get_by_role("link", name=f"Download: seed {seed}").first)
+    np.testing.assert_array_equal(first.array, second.array)
+
+
+@needs_chromium
+def test_errors_are_told_in_words_with_the_request_s_id(page: Page, pictures: Path) -> None:
+    page.get_by_label("Seed").fill("18446744073709551616")
+    page.get_by_role("button", name="Generate").press("Enter")
+    expect(page.get_by_label("Seed")).to_be_focused()
+    assert not page.get_by_label("Seed").evaluate("(one) => one.validity.valid")
+    page.get_by_label("Seed").fill("18446744073709551615")
+    page.get_by_text("More settings").press("Enter")
+    page.get_by_label("Axis 1").fill("8")  # 16 x 12 x 8 voxels are more than 1000
+    with page.expect_response("**/generate") as coming:
+        page.get_by_role("button", name="Generate").press("Enter")
+    expect(page.get_by_role("alert")).to_be_focused()
+    expect(page.get_by_role("alert")).to_contain_text("This request is too large")
+    expect(page.get_by_role("alert")).to_contain_text("this server makes up to 1000")
+    assert coming.value.status == 413
+    expect(page.locator("#error code")).to_have_text(coming.value.headers["x-request-id"])
+    page.screenshot(path=pictures / "error.png")
+    page.get_by_label("Axis 1").fill("")
+    page.get_by_role("button", name="Generate").press("Enter")
+    done(page)
+    expect(page.locator("#error")).to_be_hidden()
+
+
+@needs_chromium
+def test_a_wrong_key_is_refused_and_the_right_one_lasts_as_long_as_the_tab(
+    browser: Browser, address: str
+) -> None:
+    page = visit(browser, address, key=None)
+    page.get_by_label("API key").fill("wrong")
+    page.get_by_role("button", name="Use").click()
+    expect(page.get_by_role("alert")).to_contain_text("The server asks for an API key")
+    expect(page.get_by_role("alert")).to_contain_text("Request id")
+    expect(page.get_by_label("API key")).to_be_focused()
+    page.get_by_label("API key").fill(KEY)
+    page.get_by_role("button", name="Use").click()
+    expect(page.locator("#generate")).to_be_enabled()
+    page.reload()
+    expect(page.locator("#generate")).to_be_enabled()
+    assert page.evaluate("() => [localStorage.length, document.cookie]") == [0, ""]
+    page.context.close()
+
+
+@needs_chromium
+def test_every_control_has_a_name(page: Page) -> None:
+    ask(page)
+    done(page)
+    page.get_by_text("More settings").press("Enter")
+    tree = page.context.new_cdp_session(page).send("Accessibility.getFullAXTree")["nodes"]
+    controls = {
+        "button",
+        "textbox",
+        "combobox",
+        "slider",
+        "spinbutton",
+        "radio",
+        "link",
+        "progressbar",
+        "image",
+    }
+    named: dict[str, list[str]] = {}
+    for node in tree:
+        role = node.get("role", {}).get("value")
+        if role in controls and not node["ignored"]:
+            named.setdefault(role, []).append(node.get("name", {}).get("value", ""))
+    assert set(named) == controls
+    assert "" not in {name for names in named.values() for name in names}, named
+    assert {"Generate", "Cancel"} <= set(named["button"])
+    assert "Generated volume, seed 3" in named["image"]
+    levels = page.evaluate("() => [...document.querySelectorAll('h1, h2, h3')].map((one) => one.tagName)")
+    assert levels.count("H1") == 1 and levels[0] == "H1"
+
+
+@needs_chromium
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_narrow_window_scrolls_one_way_only(
+    browser: Browser, address: str, scheme: str, pictures: Path
+) -> None:
+    size = {"width": 360, "height": 740}
+    page = visit(browser, address, viewport=size, color_scheme=scheme, reduced_motion="reduce")
+    page.get_by_text("More settings").press("Enter")
+    ask(page, 2**64 - 1)
+    done(page)
+    drawn(page)
+    page.screenshot(path=pictures / f"narrow {scheme}.png", full_page=True)
+    assert page.evaluate("() => document.documentElement.scrollWidth") <= 360
+    moving = (
+        "() => [...document.querySelectorAll('*')].map((one) => getComputedStyle(one).transitionDuration)"
+    )
+    assert set(page.evaluate(moving)) == {"0s"}
+    page.context.close()
+
+
+@needs_chromium
+def test_without_webgl2_the_volume_can_be_downloaded(
+    open_browser: Callable[..., Browser], address: str, gaussian: Path
+) -> None:
+    browser = open_browser("--disable-3d-apis")
+    page = visit(browser, address)
+    expect(page.locator("#empty")).to_contain_text("This browser cannot show volumes")
+    ask(page)
+    done(page)
+    found = download(page, page.get_by_role("link", name="Download NIfTI"))
+    with load(gaussian, engine="onnxruntime", threads=1) as model:
+        np.testing.assert_array_equal(found.array, model.sample(3, **ASKED).array)
+    browser.close()
+
+
+def test_niivue_is_the_file_that_its_recipe_makes() -> None:
+    digest, name = (FILES / "vendor" / "niivue.sha256").read_text().split()
+    assert hashlib.sha256((FILES / name).read_bytes()).hexdigest() == digest
+    assert (FILES / name).stat().st_size < 2_500_000
+    locked = re.search(r'"node_modules/@niivue/niivue": {\s*"version": "([\d.]+)"', (FILES / "vendor" / "package-lock.json").read_text())  # fmt: skip
+    assert locked is not None
+    with open(FILES / name) as file:
+        assert f"NiiVue {locked[1]}," in file.readline()
+    assert f"NiiVue {locked[1]} " in (FILES / "niivue.LICENSE.txt").read_text()
+
+
+def test_the_page_has_nothing_inline_and_nothing_from_elsewhere() -> None:
+    html = (FILES / "index.html").read_text()
+    assert not re.search(r"<style|\sstyle=|\son\w+=|javascript:", html)
+    assert all("src=" in one for one in re.findall(r"<script[^>]*>", html))
+    own = [
+        path for path in FILES.iterdir() if path.suffix in {".html", ".js", ".css"} and path.stem != "niivue"
+    ]
+    assert len(own) >= 3
+    for path in own:
+        assert "://" not in path.read_text(), path
+
+
+@pytest.mark.parametrize("scheme", [0, 1])
+def test_texts_and_edges_have_contrast(scheme: int) -> None:
+    roots = re.findall(r":root {(.*?)}", (FILES / "page.css").read_text(), re.DOTALL)
+    colours = dict(re.findall(r"--([\w-]+): (#\w{6});", roots[scheme]))
+
+    def luminance(name: str) -> float:  # WCAG 2.2, relative luminance
+        parts = np.array([int(colours[name][i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+        return float(linear @ [0.2126, 0.7152, 0.0722])
+
+    def contrast(one: str, other: str) -> float:
+        low, high = sorted((luminance(one), luminance(other)))
+        return (high + 0.05) / (low + 0.05)
+
+    texts = [(text, ground) for text in ("ink", "soft", "accent") for ground in ("ground", "sheet")]
+    texts += [("on-accent", "accent"), ("accent", "tint"), ("bad", "bad-tint"), ("ink", "bad-tint")]
+    for text, ground in texts:
+        assert contrast(text, ground) >= 4.5, (text, ground)  # 1.4.3, AA
+    for ground in ("ground", "sheet"):
+        assert contrast("edge", ground) >= 3, ground  # 1.4.11
