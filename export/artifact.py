@@ -34,7 +34,10 @@ def export_bundle(
         raise ValueError(f"[export] batch={batch[0]}:{batch[1]}: need 1 <= smallest <= largest <= 4096")
     with atomic_folder(folder, replace=replace) as temporary:
         progress("capture")
-        model = capture_model(bundle.unet, bundle.autoencoder, bundle.latent_shape, bundle.conditions, batch)
+        model = capture_model(
+            bundle.unet, bundle.autoencoder, bundle.latent_shape, bundle.conditions, batch, bundle.controls,
+            bundle.encodings,
+        )  # fmt: skip
         provenance = {
             **bundle.provenance,
             "passes": " ".join(PASSES),

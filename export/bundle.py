@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from volcast.export.bundle_conditions import described_conditions, network_conditions
+from volcast.export.bundle_conditions import described_conditions, network_conditions, read_notes
 from volcast.export.bundle_config import shown
 from volcast.export.bundle_expression import WeightFile, is_number
+from volcast.export.bundle_masks import plan_masks
 from volcast.export.bundle_networks import NetworkPlan
 from volcast.export.bundle_plan import BundlePlan, plan_bundle
+from volcast.export.networks import Control
 from volcast.export.weights import LargeFiles, digest, entry, read_checkpoint, scalar, state_dict
 from volcast.export.weights_keys import is_generative, load_weights
 from volcast.runtime.spec import ConditionSpec, SchedulerSpec
@@ -25,7 +27,8 @@ class Bundle:
     """A trained model, ready for capture.
 
     `unet` and `autoencoder` are MONAI 1.6.1 networks in float32, eval mode, on the CPU; `autoencoder` is None for a
-    pixel-space model. `latent_shape` is `(C, *spatial)`; `conditions` are the UNet's inputs besides x and timesteps.
+    pixel-space model. `latent_shape` is `(C, *spatial)`; `conditions` are the inputs besides x and timesteps, those of
+    the UNet and those of `controls` and masks, whose label maps `encodings` turns into channels (see `Denoiser`).
     """
 
     name: str
@@ -37,6 +40,8 @@ class Bundle:
     spacing_mm: tuple[float, ...]
     conditions: tuple[ConditionSpec, ...]
     provenance: dict[str, str]
+    controls: tuple[Control, ...] = ()
+    encodings: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def read_bundle(
@@ -45,20 +50,24 @@ def read_bundle(
     config: Path | None = None,
     weights: Mapping[str, Path] | None = None,
     settings: Mapping[str, Any] | None = None,
+    controlnets: Sequence[str] = (),
 ) -> Bundle:
     """Read a bundle folder (configs/inference.json|yaml, or `config`), or a plain config file.
 
     `weights` maps `unet` and `autoencoder` to files that replace the config's. `settings` replace config keys by id
     (`network_def#channels`) and supply what cannot be read; `unet`, `autoencoder`, `scheduler` choose a component by
-    its id (None: no autoencoder). Raises ValueError, one line, with the key and the remedy.
+    its id (None: no autoencoder). `controlnets` are the ids of those that steer the UNet, which name their `weights`
+    too. Raises ValueError, one line, with the key and the remedy.
     """
-    plan = plan_bundle(folder, config=config, weights=weights, settings=settings)
+    plan = plan_bundle(folder, config=config, weights=weights, settings=settings, controlnets=controlnets)
     latent_shape = _latent_shape(plan)
     conditions = _conditions(plan, latent_shape[0])
+    masks = plan_masks(plan.unet, plan.autoencoder, plan.controls, _labels(plan))
     spacing, found_spacing = _spacing(plan)
     files = LargeFiles(plan.root)
     unet = _load(plan, "unet", plan.unet, files)
     autoencoder = None if plan.autoencoder is None else _load(plan, "autoencoder", plan.autoencoder, files)
+    controls = [_load(plan, control.id, control, files) for control in plan.controls]
     scale_factor, found_scale = _scale_factor(plan, unet, files)
     return Bundle(
         name=plan.provenance["bundle"],
@@ -68,10 +77,15 @@ def read_bundle(
         scale_factor=scale_factor,
         latent_shape=latent_shape,
         spacing_mm=spacing,
-        conditions=conditions,
+        conditions=conditions + masks.conditions,
+        controls=tuple(
+            Control(network=one.network, hint=hint) for one, hint in zip(controls, masks.hints, strict=True)
+        ),
+        encodings=masks.encodings,
         provenance={
             **plan.provenance,
             **unet.provenance,
+            **{key: value for one in controls for key, value in one.provenance.items()},
             **({} if autoencoder is None else autoencoder.provenance),
             "spacing_mm": found_spacing,
             "scale_factor": found_scale,
@@ -148,10 +162,29 @@ def _conditions(plan: BundlePlan, latent_channels: int) -> tuple[ConditionSpec, 
     if type(tokens) is not int or not 1 <= tokens <= 2**16:
         raise ValueError(f"[bundle] context_tokens={shown(tokens)}: need 1..{2**16}; --set context_tokens=1")
     derived = network_conditions(plan.unet.arguments, latent_channels, tokens)
-    for notes in (plan.root / "configs" / "volcast.json", plan.config_file.parent / "volcast.json"):
-        if notes.is_file():
-            return described_conditions(notes, derived)
-    return derived
+    notes = _notes(plan)
+    return derived if notes is None else described_conditions(notes, derived, plan.unet_chosen)
+
+
+def _notes(plan: BundlePlan) -> Path | None:
+    places = (plan.root / "configs" / "volcast.json", plan.config_file.parent / "volcast.json")
+    return next((notes for notes in places if notes.is_file()), None)
+
+
+def _labels(plan: BundlePlan) -> tuple[str, ...]:
+    """The names of a label map's values, from 0: a setting, or what volcast.json says."""
+    if "labels" not in plan.config:
+        notes = _notes(plan)
+        return () if notes is None else read_notes(notes).labels
+    labels = plan.config.need("labels")
+    good = isinstance(labels, list | tuple) and all(
+        isinstance(one, str) and 0 < len(one) <= 100 for one in labels
+    )
+    if not good or not 1 < len(labels) <= 2**12:
+        raise ValueError(
+            f'[bundle] labels={shown(labels)}: need 2..{2**12} names; --set labels=\'["background","organ"]\''
+        )
+    return tuple(labels)
 
 
 def _spacing(plan: BundlePlan) -> tuple[tuple[float, ...], str]:

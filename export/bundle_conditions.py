@@ -23,6 +23,12 @@ class BundleNotes(Frozen):
     """`configs/volcast.json`: what MONAI's config has no place for."""
 
     conditions: tuple[ConditionSpec, ...]
+    labels: tuple[str, ...] = ()
+
+
+def read_notes(path: Path) -> BundleNotes:
+    """The notes in a file. `labels` names the values of its label maps, from 0."""
+    return validated(BundleNotes, read_data(path)[0], str(path))
 
 
 def network_conditions(
@@ -56,12 +62,16 @@ def network_conditions(
     return tuple(found)
 
 
-def described_conditions(path: Path, derived: tuple[ConditionSpec, ...]) -> tuple[ConditionSpec, ...]:
+def described_conditions(
+    path: Path, derived: tuple[ConditionSpec, ...], others: bool = False
+) -> tuple[ConditionSpec, ...]:
     """The conditions as `volcast.json` describes them; they must be the network's, in name, dtype and shape.
 
-    Only the number of context tokens is the file's to say.
+    Only the number of context tokens is the file's to say. `others`: it may describe more, those of another network.
     """
-    described = validated(BundleNotes, read_data(path)[0], str(path)).conditions
+    described = read_notes(path).conditions
+    if others:
+        described = tuple(one for one in described if one.name in {condition.name for condition in derived})
     names = [condition.name for condition in described]
     if sorted(names) != sorted(condition.name for condition in derived):
         wanted = ", ".join(condition.name for condition in derived) or "none"

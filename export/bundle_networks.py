@@ -10,9 +10,13 @@ from typing import Any
 
 import torch
 from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
+from monai.apps.generation.maisi.networks.controlnet_maisi import ControlNetMaisi
 from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
 from monai.networks.nets.autoencoderkl import AutoencoderKL
+from monai.networks.nets.controlnet import ControlNet
 from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
+from monai.networks.nets.spade_autoencoderkl import SPADEAutoencoderKL
+from monai.networks.nets.spade_diffusion_model_unet import SPADEDiffusionModelUNet
 
 from volcast.export.bundle_config import one_line, shown
 from volcast.export.bundle_expression import is_number
@@ -74,6 +78,34 @@ _KINDS = (
             "print_info": False,
             "save_mem": False,
         },
+    ),
+    NetworkKind(
+        network=SPADEDiffusionModelUNet,
+        role="unet",
+        target=_MONAI + "SPADEDiffusionModelUNet",
+        renamed={"num_channels": "channels"},
+        fixed={"use_flash_attention": False},
+    ),
+    NetworkKind(
+        network=SPADEAutoencoderKL,
+        role="autoencoder",
+        target=_MONAI + "SPADEAutoencoderKL",
+        renamed={"num_channels": "channels"},
+        fixed={"use_flash_attention": False},
+    ),
+    NetworkKind(
+        network=ControlNet,
+        role="controlnet",
+        target=_MONAI + "ControlNet",
+        renamed={"num_channels": "channels"},
+        fixed={"use_flash_attention": False},
+    ),
+    NetworkKind(
+        network=ControlNetMaisi,
+        role="controlnet",
+        target=_MAISI + "ControlNetMaisi",
+        renamed={},
+        fixed={"use_flash_attention": False, "use_checkpointing": False},
     ),
 )
 

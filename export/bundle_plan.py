@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +12,7 @@ import monai
 
 from volcast.export.bundle_config import Config, one_line, read_data, shown
 from volcast.export.bundle_expression import Component, Load, Noise, Timesteps, Unreadable, WeightFile
+from volcast.export.bundle_masks import plan_controls
 from volcast.export.bundle_networks import NetworkPlan, kind_of, known_networks, plan_network
 from volcast.export.bundle_scheduler import known_schedulers, read_scheduler, scheduler_name
 from volcast.runtime.spec import SchedulerSpec
@@ -21,6 +22,7 @@ SETTINGS = frozenset(
     {
         "bundle_root",
         "context_tokens",
+        "labels",
         "latent_shape",
         "num_inference_steps",
         "scale_factor",
@@ -48,7 +50,7 @@ _PREFERRED: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class BundlePlan:
-    """A bundle's config, found and read; no weight file opened yet."""
+    """A bundle's config, found and read; no weight file opened yet. `unet_chosen`: by a setting, not found."""
 
     root: Path
     config_file: Path
@@ -56,6 +58,8 @@ class BundlePlan:
     unet: NetworkPlan
     autoencoder: NetworkPlan | None
     scheduler: SchedulerSpec
+    controls: tuple[NetworkPlan, ...] = ()
+    unet_chosen: bool = False
     weights: Mapping[str, Path] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
     loads: Mapping[str, WeightFile] = field(default_factory=dict)
@@ -97,6 +101,7 @@ def plan_bundle(
     config: Path | None = None,
     weights: Mapping[str, Path] | None = None,
     settings: Mapping[str, Any] | None = None,
+    controlnets: Sequence[str] = (),
 ) -> BundlePlan:
     """The same without opening a weight file: which networks, which files, what is missing."""
     root, file = _find_config(folder, config)
@@ -107,10 +112,14 @@ def plan_bundle(
         for role in ("unet", "autoencoder", "scheduler")
         if role in chosen and (chosen[role] is None or isinstance(chosen[role], str))
     }
-    read = Config(data, {"bundle_root": str(root), **chosen}, SETTINGS)
-    unknown = sorted((weights or {}).keys() - {"unet", "autoencoder"})
+    read = Config(
+        data, {"bundle_root": str(root), **chosen}, SETTINGS | {f"{id}_weights_key" for id in controlnets}
+    )
+    roles = ("unet", "autoencoder", *controlnets)
+    unknown = sorted((weights or {}).keys() - set(roles))
     if unknown:
-        raise ValueError(f"[bundle] --weights {unknown[0]}=...: need unet=FILE or autoencoder=FILE")
+        names = " or ".join(f"{role}=FILE" for role in roles)
+        raise ValueError(f"[bundle] --weights {unknown[0]}=...: need {names}")
     unet, autoencoder = _network(read, "unet", choices), _network(read, "autoencoder", choices)
     assert unet is not None  # _network raises for a missing UNet
     if autoencoder is None and "autoencoder" in (weights or {}):
@@ -133,6 +142,8 @@ def plan_bundle(
         "config_sha256": config_sha256,
     }
     return BundlePlan(
+        controls=plan_controls(read, controlnets, unet),
+        unet_chosen="unet" in choices,
         root=root,
         config_file=file,
         config=read,

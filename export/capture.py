@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,8 @@ CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, ate
 FRESH = {
     "linear", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d", "group_norm", "layer_norm", "silu",
     "gelu", "relu", "leaky_relu", "sigmoid", "exp", "sin", "cos", "add", "sub", "mul", "div", "matmul", "bmm", "einsum",
-    "softmax", "scaled_dot_product_attention", "cat", "embedding", "clone",
+    "softmax", "scaled_dot_product_attention", "cat", "embedding", "clone", "avg_pool2d", "avg_pool3d",
+    "upsample_nearest2d", "upsample_nearest3d",
 }  # fmt: skip
 """Operators whose result shares no memory with what they read."""
 
@@ -56,16 +58,22 @@ def capture(
     examples: Mapping[str, Tensor],
     free: Mapping[str, Mapping[int, str]],
     multiples: Mapping[str, int],
+    beside: Mapping[str, str] = MappingProxyType({}),
 ) -> GraphModule:
     """The network as a graph of aten operators whose inputs are named as in `examples`, in that order.
 
     `free` gives, per input, the name of each axis that may vary; equal names are equal sizes, and an axis in
-    `multiples` is a multiple of that number. An axis that the network itself fixes (a positional table, a reshape
+    `multiples` is a multiple of that number; `beside` names for an axis of `multiples` another one, of which it holds
+    as many multiples (an image's size beside its latent's). An axis that the network itself fixes (a positional table, a reshape
     to a constant) stays fixed. Raises ValueError where the network cannot be captured at all. Operators that only
     check or pass their argument on are removed, and what depends on no input is computed now.
     """
+    related = {*beside, *beside.values()}
+    blocks = {name: Dim(f"{name}_blocks", min=1) for name in multiples}
     dims = {
-        name: multiple * Dim(f"{name}_blocks", min=1) for name, multiple in multiples.items() if multiple > 1
+        name: multiple * blocks[beside.get(name, name)] if multiple > 1 else blocks[beside.get(name, name)]
+        for name, multiple in multiples.items()
+        if multiple > 1 or name in related
     }
     dynamic = {
         name: {axis: dims.get(free.get(name, {}).get(axis, ""), Dim.AUTO) for axis in free.get(name, {})}

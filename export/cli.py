@@ -15,7 +15,13 @@ from volcast.runtime.spec import Precision
 
 BundlePath = Annotated[Path, typer.Argument(help="A MONAI bundle folder, or a config file.")]
 Config = Annotated[Path | None, typer.Option(help="Config file, if not configs/inference.json|yaml.")]
-Weights = Annotated[list[str], typer.Option(help="unet=FILE or autoencoder=FILE, instead of the config's.")]
+Weights = Annotated[
+    list[str], typer.Option(help="unet=FILE, autoencoder=FILE or CONTROLNET=FILE, instead of the config's.")
+]
+Controlnets = Annotated[
+    list[str],
+    typer.Option("--controlnet", help="Key of a ControlNet in the config, to steer with; repeatable."),
+]
 Settings = Annotated[list[str], typer.Option("--set", help="KEY=VALUE (JSON) instead of the config's.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -26,6 +32,7 @@ def export(
     config: Config = None,
     weights: Weights = [],  # noqa: B006
     settings: Settings = [],  # noqa: B006
+    controlnets: Controlnets = [],  # noqa: B006
     precision: Annotated[Precision, typer.Option(help="How the weights are stored.")] = Precision.FP32,
     batch: Annotated[str, typer.Option(help="Smallest:largest batch.")] = "1:64",
     force: Annotated[bool, typer.Option(help="Replace the artifact in OUTPUT.")] = False,
@@ -37,7 +44,7 @@ def export(
         raise ValueError(f"[export] {output} exists: remove it, choose another name, or pass --force")
     from .artifact import export_bundle
 
-    read = _read(bundle, config, weights, settings)
+    read = _read(bundle, config, weights, settings, controlnets)
     stages = ["capture", "schedule", "prepare", "step", "decode", "encode", "slabs", "manifest"]
     with tqdm(total=len(stages), desc="export", unit="stage", file=sys.stderr, disable=None) as bar:
 
@@ -78,6 +85,7 @@ def verify(
     config: Config = None,
     weights: Weights = [],  # noqa: B006
     settings: Settings = [],  # noqa: B006
+    controlnets: Controlnets = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
     """Compare an artifact with MONAI running its bundle: each network and the whole volume. Exit 1 past a budget.
@@ -92,9 +100,11 @@ def verify(
     given = parse_conditions(read_artifact(folder), condition)
     if against is None and samples is not None:
         raise ValueError("[verify] --samples is for --against: with MONAI one volume is compared")
-    if against is not None and (bundle is not None or config is not None or weights or settings):
+    if against is not None and (
+        bundle is not None or config is not None or weights or settings or controlnets
+    ):
         raise ValueError(
-            "[verify] --against compares two artifacts: leave the bundle, --config, --weights and --set out"
+            "[verify] --against compares two artifacts: leave the bundle, --config, --weights, --set and --controlnet out"
         )
     with tqdm(desc="verify", unit="call", file=sys.stderr, disable=None, leave=False) as bar:
 
@@ -107,7 +117,7 @@ def verify(
         if against is None:
             from .verify import verify as compare
 
-            read = _read(BUNDLE if bundle is None else bundle, config, weights, settings)
+            read = _read(BUNDLE if bundle is None else bundle, config, weights, settings, controlnets)
             found = compare(folder, read, **common)
         else:
             from .fidelity import SAMPLES, fidelity
@@ -118,12 +128,14 @@ def verify(
         raise typer.Exit(1)
 
 
-def _read(bundle: Path, config: Path | None, weights: list[str], settings: list[str]) -> Any:
+def _read(
+    bundle: Path, config: Path | None, weights: list[str], settings: list[str], controlnets: list[str]
+) -> Any:
     from .bundle import read_bundle
 
     files = {key: Path(value) for key, value in (_pair(text, "--weights") for text in weights)}
     values = {key: _value(value) for key, value in (_pair(text, "--set") for text in settings)}
-    return read_bundle(bundle, config=config, weights=files, settings=values)
+    return read_bundle(bundle, config=config, weights=files, settings=values, controlnets=controlnets)
 
 
 def _pair(text: str, option: str) -> tuple[str, str]:

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.inferers.inferer import DiffusionInferer, LatentDiffusionInferer
+from monai.inferers.inferer import ControlNetDiffusionInferer, DiffusionInferer, LatentDiffusionInferer
+from monai.networks.nets.spade_autoencoderkl import SPADEAutoencoderKL
 from monai.networks.schedulers.ddim import DDIMScheduler
 from monai.networks.schedulers.ddpm import DDPMScheduler
 from monai.networks.schedulers.pndm import PNDMScheduler
@@ -20,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from volcast.runtime.spec import SchedulerSpec
 
 from .bundle import Bundle
-from .networks import Denoiser
+from .monai_masks import Controls, Shown
 
 Array = NDArray[np.generic]
 
@@ -61,7 +62,8 @@ def run_monai(
     keep: Collection[int] = (),
     on_step: Callable[[int], object] = lambda done: None,
 ) -> MonaiRun:
-    """Sample `bundle` with MONAI 1.6.1: (Latent)DiffusionInferer over the bundle's scheduler.
+    """Sample `bundle` with MONAI 1.6.1: (Latent)DiffusionInferer over the bundle's scheduler, with ControlNets
+    ControlNetDiffusionInferer and then the autoencoder.
 
     Args:
         noise: `noise(0)` is the initial noise `[N, C, D', H', W']`, `noise(i + 1)` what a stochastic step i adds.
@@ -73,7 +75,10 @@ def run_monai(
     """
     start = torch.from_numpy(np.ascontiguousarray(noise(0)))
     scheduler = monai_scheduler(bundle.scheduler, steps, tuple(start.shape[2:]))
-    network = _Observed(bundle.unet, start.shape[1], conditional, unconditional, keep, on_step)
+    shown = Shown(bundle, conditional)
+    own = {name: value for name, value in conditional.items() if name not in shown.names}
+    other = None if unconditional is None else {name: unconditional[name] for name in own}
+    network = _Observed(bundle.unet, start.shape[1], own, other, shown.segmentation, keep, on_step)
     arguments: dict[str, Any] = {"scheduler": scheduler, "verbose": False, "cfg": guidance}
     lone = network.lone
     if lone is not None:
@@ -83,14 +88,25 @@ def run_monai(
             arguments["cfg_fill_value"] = float(unconditional[lone].flat[0])
     inferer: Any
     with _Noise(noise):
-        if bundle.autoencoder is None:
+        if bundle.controls:
+            # MONAI's latent inferer would shrink the hints to the latent's size, which the trained networks do not take.
+            inferer = ControlNetDiffusionInferer(scheduler)
+            controls = Controls(bundle, shown, network.bound)
+            z = inferer.sample(start, network, controls, shown.hints[0], **arguments)
+        elif bundle.autoencoder is None:
             inferer = DiffusionInferer(scheduler)
-            z = image = inferer.sample(start, network, **arguments)
+            z = inferer.sample(start, network, **arguments)
         else:
-            decoder = _ObservedDecoder(bundle.autoencoder)
+            decoder = _ObservedDecoder(bundle.autoencoder, shown.segmentation)
             inferer = LatentDiffusionInferer(scheduler, scale_factor=bundle.scale_factor)
             image = inferer.sample(start, decoder, network, **arguments)
             z = decoder.z
+    if bundle.autoencoder is None:
+        image = z
+    elif bundle.controls:
+        z = z / bundle.scale_factor
+        with torch.no_grad():
+            image = _ObservedDecoder(bundle.autoencoder, shown.segmentation).decode_stage_2_outputs(z)
     return MonaiRun(timesteps=tuple(network.timesteps), calls=network.calls, z=_array(z), image=_array(image))
 
 
@@ -158,6 +174,7 @@ class _Observed:
         channels: int,
         conditional: Mapping[str, Array],
         unconditional: Mapping[str, Array] | None,
+        segmentation: Tensor | None,
         keep: Collection[int],
         on_step: Callable[[int], object],
     ) -> None:
@@ -168,23 +185,28 @@ class _Observed:
         self._unet = unet
         self._channels = channels
         self._guided = unconditional is not None
+        self._segmentation = segmentation
         self._keep = keep
         self._on_step = on_step
-        self._bound: tuple[Tensor, ...] = ()
-        self._denoiser = Denoiser(unet, () if self.lone else names)
+        self.bound: dict[str, Tensor] = {}
         if self.lone is None:
             branches = [conditional] if unconditional is None else [unconditional, conditional]
-            self._bound = tuple(
-                torch.from_numpy(np.concatenate([values[name] for values in branches])) for name in names
-            )
+            self.bound = {
+                name: torch.from_numpy(np.concatenate([values[name] for values in branches]))
+                for name in names
+            }
 
-    def __call__(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
-        out: Tensor
-        if self.lone is None:
-            # The inferer's single timestep would not broadcast where MAISI's UNet concatenates its embeddings.
-            out = self._denoiser(x, timesteps.expand(x.shape[0]), *self._bound)
-        else:
-            out = self._unet(x, timesteps=timesteps, context=context)
+    def __call__(
+        self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, **residuals: Any
+    ) -> Tensor:
+        given: dict[str, Any] = {"context": context, **self.bound, **residuals}
+        if self._segmentation is not None:
+            repeats = x.shape[0] // self._segmentation.shape[0]
+            given["seg"] = self._segmentation.repeat(repeats, *[1] * (x.ndim - 1))
+        if "concat" in self.bound:
+            x = torch.cat((x, given.pop("concat")), dim=1)
+        # The inferer's single timestep would not broadcast where MAISI's UNet concatenates its embeddings.
+        out: Tensor = self._unet(x, timesteps=timesteps.expand(x.shape[0]), **given)
         index = len(self.timesteps)
         self.timesteps.append(float(timesteps[0]))
         if index in self._keep:
@@ -200,13 +222,15 @@ class _Observed:
 
 
 class _ObservedDecoder:
-    def __init__(self, autoencoder: nn.Module) -> None:
+    def __init__(self, autoencoder: nn.Module, segmentation: Tensor | None) -> None:
         self._autoencoder = autoencoder
+        spade = isinstance(autoencoder, SPADEAutoencoderKL)
+        self._segmentation = {"seg": segmentation} if spade else {}
         self.z = torch.empty(0)
 
     def decode_stage_2_outputs(self, z: Tensor) -> Any:
         self.z = z
-        return self._autoencoder.decode_stage_2_outputs(z)  # type: ignore[operator]
+        return self._autoencoder.decode_stage_2_outputs(z, **self._segmentation)  # type: ignore[operator]
 
 
 class _Noise(TorchFunctionMode):

@@ -3,31 +3,97 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from monai.apps.generation.maisi.networks.autoencoderkl_maisi import MaisiConvolution, MaisiGroupNorm3D
 from torch import Tensor, nn
+from torch.nn import functional
+
+MASK, SCALE = "mask", "controlnet_scale"
+"""Names of conditions: SPADE's label map, and what multiplies the ControlNets' residuals."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """A ControlNet, and the name of the condition that it is shown (its hint)."""
+
+    network: nn.Module
+    hint: str
 
 
 class Denoiser(nn.Module):
-    """`forward(x, timesteps, *conditions) -> out` around a MONAI diffusion UNet.
+    """`forward(x, timesteps, *conditions) -> out` around a MONAI diffusion UNet and its ControlNets.
 
     x [N, C, *spatial]; timesteps float [N]; conditions in the order of `conditions`, by the names of the UNet's
-    arguments, except `concat` [N, C', *spatial], which is concatenated to x (MONAI's `mode="concat"`).
+    arguments, except: `concat` [N, C', *spatial] is concatenated to x (MONAI's `mode="concat"`); `mask` is SPADE's
+    `seg`; hints go to the ControlNets, whose residuals are multiplied by `controlnet_scale` [N, controls] and added up.
+    Hints and masks are [N, C, *image]; those in `encodings` are label maps [N, *image], int64: label l becomes the
+    channels `encodings[name][l]`.
     """
 
-    def __init__(self, unet: nn.Module, conditions: Sequence[str]) -> None:
+    def __init__(
+        self,
+        unet: nn.Module,
+        conditions: Sequence[str],
+        controls: Sequence[Control] = (),
+        encodings: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:
         super().__init__()
         self.unet = unet
         self.conditions = tuple(conditions)
+        self.controls = nn.ModuleList(control.network for control in controls)
+        self.hints = tuple(control.hint for control in controls)
+        self.encoded = tuple(encodings)
+        for name, table in encodings.items():
+            self.register_buffer(f"{name}_encoding", table)
 
     def forward(self, x: Tensor, timesteps: Tensor, *values: Tensor) -> Any:
-        keywords = dict(zip(self.conditions, values, strict=True))
-        if "concat" in keywords:
-            x = torch.cat((x, keywords.pop("concat")), dim=1)
-        return self.unet(x, timesteps, **keywords)
+        given = dict(zip(self.conditions, values, strict=True))
+        for name in self.encoded:
+            channels = functional.embedding(given[name], getattr(self, f"{name}_encoding"))
+            given[name] = channels.permute(0, -1, *range(1, x.ndim - 1))
+        hints = [given.pop(hint) for hint in self.hints]
+        scales = given.pop(SCALE, None)
+        if MASK in given:
+            given["seg"] = given.pop(MASK)
+        if "concat" in given:
+            x = torch.cat((x, given.pop("concat")), dim=1)
+        residuals: list[Tensor] = []
+        for index, (control, hint) in enumerate(zip(self.controls, hints, strict=True)):
+            scale = 1.0 if scales is None else scales[:, index].reshape(-1, *[1] * (x.ndim - 1))
+            down, middle = control(
+                x, timesteps, resized_hint(control, hint, x), scale, **control_arguments(control, given)
+            )
+            found = [*down, middle]
+            residuals = [a + b for a, b in zip(residuals, found, strict=True)] if residuals else found
+        if residuals:
+            given["down_block_additional_residuals"] = residuals[:-1]  # type: ignore[assignment]
+            given["mid_block_additional_residual"] = residuals[-1]
+        return self.unet(x, timesteps, **given)
+
+
+def hint_scale(control: nn.Module) -> int:
+    """How many times the latent's size a ControlNet's hint has along each axis: its embedding halves it so often."""
+    blocks: nn.ModuleList = control.controlnet_cond_embedding.blocks  # type: ignore[union-attr, assignment]
+    return int(2 ** (len(blocks) // 2))
+
+
+def resized_hint(control: nn.Module, hint: Tensor, x: Tensor) -> Tensor:
+    """The hint in the size that the ControlNet needs beside x; nearest, as MONAI's latent inferer does it."""
+    wanted = [size * hint_scale(control) for size in x.shape[2:]]
+    return (
+        hint if list(hint.shape[2:]) == wanted else functional.interpolate(hint, size=wanted, mode="nearest")
+    )
+
+
+def control_arguments(control: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the UNet's conditions the ControlNet takes too."""
+    takes = {"context": control.with_conditioning, "class_labels": control.num_class_embeds is not None}
+    return {name: given[name] for name, wanted in takes.items() if wanted and name in given}
 
 
 class Decoder(nn.Module):

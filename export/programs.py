@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from volcast.runtime.spec import Axis, ConditionSpec, TensorSpec
 
 from .capture import capture
 from .graph import count_flops, count_nodes, hint, inputs, is_free, outputs, shape_of, symbol
-from .networks import Decoder, Denoiser, Encoder, plain_modules
+from .networks import Control, Decoder, Denoiser, Encoder, plain_modules
 from .passes.hoist import hoist
 from .passes.phase_conv import phase_conv
 from .passes.single_token_attention import single_token_attention
@@ -51,10 +53,13 @@ def capture_model(
     latent_shape: Sequence[int],
     conditions: Sequence[ConditionSpec],
     batch: tuple[int, int],
+    controls: Sequence[Control] = (),
+    encodings: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> CapturedModel:
     """Capture and optimise every program of a latent (or, without autoencoder, pixel-space) diffusion model.
 
-    `latent_shape` is `(C, *spatial)`, the default size; `batch` the smallest and largest batch to admit.
+    `latent_shape` is `(C, *spatial)`, the default size; `batch` the smallest and largest batch to admit; `controls` and
+    `encodings` as `Denoiser` takes them.
     """
     spatial = tuple(latent_shape[1:])
     multiple = 2 ** (_levels(unet) - 1)
@@ -71,27 +76,58 @@ def capture_model(
         )
         for i, size in enumerate(spatial)
     ]
-    programs = capture_denoiser(unet, latent_shape, conditions, multiple)
+    # SPADE resizes its mask to the sizes of the UNet's levels, and what it makes of it crosses into the step.
+    axes += [_scaled(axis, Fraction(1, 2**level), f"{axis.name}_{2**level}")
+             for level in range(1, _levels(unet)) for axis in axes[2 : 2 + len(spatial)]]  # fmt: skip
+    scale = (1,) * len(spatial)
+    rest: dict[str, CapturedProgram] = {}
     if autoencoder is not None:
-        decoder, scale = capture_decoder(autoencoder, latent_shape)
-        programs["decode"] = decoder
-        programs["encode"] = capture_encoder(autoencoder, spatial, scale)
+        rest["decode"], scale = capture_decoder(autoencoder, latent_shape)
+        rest["encode"] = capture_encoder(autoencoder, spatial, scale)
         axes += [
-            Axis(name=f"o{i}", minimum=axis.minimum * s, maximum=axis.maximum * s, multiple=axis.multiple * s)
-            for i, (axis, s) in enumerate(zip(axes[2:], scale, strict=True))
+            _scaled(axis, Fraction(s), f"o{i}")
+            for i, (axis, s) in enumerate(zip(axes[2:], scale, strict=False))
         ]
+    denoiser = Denoiser(
+        plain_modules(unet),
+        [condition.name for condition in conditions],
+        [replace(control, network=plain_modules(control.network)) for control in controls],
+        encodings,
+    )
+    programs = capture_denoiser(denoiser, latent_shape, conditions, multiple, scale) | rest
     named = {size for p in programs.values() for t in (*p.inputs, *p.outputs) for size in t.shape}
     return CapturedModel(programs=programs, axes=tuple(axis for axis in axes if axis.name in named))
 
 
+def _scaled(axis: Axis, by: Fraction, name: str) -> Axis:
+    return Axis(
+        name=name,
+        minimum=int(axis.minimum * by),
+        maximum=int(axis.maximum * by),
+        multiple=int(axis.multiple * by),
+    )
+
+
 def capture_denoiser(
-    unet: nn.Module, latent_shape: Sequence[int], conditions: Sequence[ConditionSpec], multiple: int
+    network: Denoiser,
+    latent_shape: Sequence[int],
+    conditions: Sequence[ConditionSpec],
+    multiple: int,
+    scale: Sequence[int],
 ) -> dict[str, CapturedProgram]:
-    """`schedule`, `prepare` (if anything depends on the conditions alone) and `step`."""
-    spatial = {f"d{i}": size for i, size in enumerate(latent_shape[1:])}
-    captured_at = dict(zip(spatial, _capture_sizes(len(spatial), multiple), strict=True))
+    """`schedule`, `prepare` (if anything depends on the conditions alone) and `step`.
+
+    `multiple`: of what number the latent's sizes are multiples; `scale`: an image's size over its latent's, an axis.
+    """
+    dims = range(len(latent_shape) - 1)
+    latent = {f"d{i}": latent_shape[1 + i] for i in dims}
+    small = dict(zip(latent, _capture_sizes(len(dims), multiple), strict=True))
+
+    def with_images(sizes: Mapping[str, int]) -> dict[str, int]:
+        return dict(sizes) | {f"o{i}": sizes[f"d{i}"] * scale[i] for i in dims}
+
     free: dict[str, dict[int, str]] = {
-        "x": {0: "batch", **{2 + i: name for i, name in enumerate(spatial)}},
+        "x": {0: "batch", **{2 + i: name for i, name in enumerate(latent)}},
         "timesteps": {0: "batch"},
     }
     for condition in conditions:
@@ -99,18 +135,23 @@ def capture_denoiser(
         free[condition.name] = {0: "batch"} | named
 
     def examples(batch: int, sizes: Mapping[str, int]) -> dict[str, Tensor]:
-        given = {"x": torch.zeros(batch, latent_shape[0], *sizes.values()), "timesteps": torch.zeros(batch)}
+        x = torch.zeros(batch, latent_shape[0], *(sizes[name] for name in latent))
+        given = {"x": x, "timesteps": torch.zeros(batch)}
         for condition in conditions:
             shape = [sizes[size] if isinstance(size, str) else size for size in condition.shape]
             given[condition.name] = torch.zeros(batch, *shape, dtype=getattr(torch, condition.dtype))
         return given
 
-    network = Denoiser(plain_modules(unet), [condition.name for condition in conditions])
-    original = capture(network, examples(2, captured_at), free, {name: multiple for name in spatial})
+    images = {size for condition in conditions for size in condition.shape if size not in latent}
+    beside = {f"o{i}": f"d{i}" for i in dims if f"o{i}" in images}
+    multiples = dict.fromkeys(latent, multiple) | {
+        f"o{i}": multiple * scale[i] for i in dims if f"o{i}" in images
+    }
+    original = capture(network, examples(2, with_images(small)), free, multiples, beside)
     cut = hoist(phase_conv(single_token_attention(original)))
-    axes = _axes(original, free)
+    axes = _level_axes(original, multiple) | _axes(original, free)
     batch = symbol(shape_of(inputs(original)["x"])[0])
-    known = examples(1, spatial)
+    known = examples(1, with_images(latent))
     original_flops = count_flops(original, list(known.values()))
     (known["row"],) = cut.schedule(known["timesteps"])
     result = {"schedule": _program(cut.schedule, {**axes, batch: "steps"}, ["rows"], known)}
@@ -188,6 +229,17 @@ def _axes(graph: GraphModule, free: Mapping[str, Mapping[int, str]]) -> dict[str
         for axis, size in enumerate(shape_of(node))
         if is_free(size)
     }
+
+
+def _level_axes(graph: GraphModule, multiple: int) -> dict[str, str]:
+    """The axis name of every size of x divided by 2, 4, .. `multiple`, by symbol."""
+    found = {}
+    for i, size in enumerate(shape_of(inputs(graph)["x"])[2:]):
+        parts = multiple
+        while isinstance(size, torch.SymInt) and parts > 1:
+            found[str(size.node.expr / parts)] = f"d{i}_{parts}"
+            parts //= 2
+    return found
 
 
 def _output_axes(graph: GraphModule, prefix: str) -> dict[str, str]:

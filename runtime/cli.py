@@ -51,6 +51,12 @@ def sample(
         list[str] | None,
         typer.Option("--condition", "-c", help="name=0.5, name=0.5,0.2 or name=@file.npy; repeatable."),
     ] = None,
+    mask: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NIfTI label map, or NAME=FILE; without ARTIFACT: the bundled model with its ControlNet."
+        ),
+    ] = None,
     size: Annotated[str | None, typer.Option(help="Latent sizes, as 8,12,8.")] = None,
     image: Annotated[Path | None, typer.Option(help="NIfTI file to start from (image to image).")] = None,
     strength: Annotated[float, typer.Option(help="With --image: how far it is noised, up to 1.")] = 1.0,
@@ -69,7 +75,8 @@ def sample(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")] = False,
 ) -> None:
     """Sample volumes and write them as NIfTI."""
-    from .condition_text import parse_conditions
+    from .condition_text import mask_texts, parse_conditions
+    from .default_artifact import default_artifact
     from .picture import mosaic, save_picture
     from .pipeline import load
     from .sizes import parse_sizes
@@ -78,7 +85,8 @@ def sample(
     outputs = output_files(output, count, png)
     latent = parse_sizes("sample", size)
     start = None if image is None else read_nifti(image)
-    model = load(artifact, engine, threads, memory_limit)
+    folder = default_artifact(controlled=True) if artifact is None and mask else artifact
+    model = load(folder, engine, threads, memory_limit)
     if not quiet:
         typer.echo(
             f"volcast: {model.spec.name} on {model.engine.name}, {model.engine.threads} threads", err=True
@@ -91,7 +99,7 @@ def sample(
         "guidance": guidance,
     }
     settings |= {"strength": strength, "compat": compat}
-    conditions = parse_conditions(model.spec, condition or ())
+    conditions = parse_conditions(model.spec, [*(condition or ()), *mask_texts(model.spec, mask or ())])
     lines: list[dict[str, Any] | str] = []
     shown: list[Volume] = []
     with progress(shown=not quiet and (sys.stderr.isatty() or not as_json)) as on_step:
@@ -123,7 +131,12 @@ def info(
     memory: Annotated[bool, typer.Option("--memory", help="The memory of each program, foretold.")] = False,
     size: Annotated[str | None, typer.Option(help="With --memory: latent sizes, as 8,12,8.")] = None,
     batch: Annotated[int, typer.Option(help="With --memory: samples a network call.")] = 1,
-    engine: Annotated[str, typer.Option(help="With --memory: openvino or onnxruntime; auto: both.")] = "auto",
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="With --memory: openvino or onnxruntime, auto: both; tensorrt, tensorrt-rtx: built plans."
+        ),
+    ] = "auto",
     memory_limit: Annotated[
         str | None, typer.Option(help="With --memory: as 2GiB; how a decode fits in.")
     ] = None,

@@ -1,4 +1,4 @@
-"""Conditions as a person types them: `anterior=0.5`, `context=0.5,0.2,0.4`, `mask=@mask.npy`."""
+"""Conditions as a person types them: `anterior=0.5`, `context=0.5,0.2,0.4`, `hint=@hint.npy`, `mask=@mask.nii.gz`."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from .mask import read_on_grid
 from .spec import ArtifactSpec
+from .volume import Volume
 
 
 def parse_conditions(
     spec: ArtifactSpec | None, texts: Iterable[str]
-) -> dict[str, float | NDArray[np.generic]]:
+) -> dict[str, float | NDArray[np.generic] | Volume]:
     """The mapping that `Model.sample(condition=...)` takes.
 
     One number is a field's value; numbers with commas fill a whole condition in row order; `@path` reads a `.npy`
-    file (never a pickle). Without a spec (a server has it) numbers with commas stay in one row.
+    file (never a pickle) or a NIfTI file on the model's grid (`read_on_grid`). Without a spec (a server has it) numbers with commas stay in one row.
 
     Raises:
         ValueError: no "=", a name given twice, a text that is not a number, an unreadable file.
     """
-    values: dict[str, float | NDArray[np.generic]] = {}
+    values: dict[str, float | NDArray[np.generic] | Volume] = {}
     for text in texts:
         name, equals, value = (part.strip() for part in text.partition("="))
         if not equals or not name or not value:
@@ -31,8 +33,32 @@ def parse_conditions(
             )
         if name in values:
             raise ValueError(f"[condition] {name} is given twice; give it once")
-        values[name] = _read(name, value[1:]) if value.startswith("@") else _numbers(spec, name, value)
+        if value.startswith("@") and value.endswith((".nii", ".nii.gz")):
+            values[name] = _read_nifti(spec, name, value[1:])
+        else:
+            values[name] = _read(name, value[1:]) if value.startswith("@") else _numbers(spec, name, value)
     return values
+
+
+def mask_texts(spec: ArtifactSpec, paths: Iterable[str]) -> list[str]:
+    """`FILE` or `NAME=FILE` of label maps as conditions; without a name the model's only one.
+
+    Raises ValueError: the model takes none, or several and this one has no name.
+    """
+    names = [condition.name for condition in spec.conditions if condition.is_mask]
+    texts = []
+    for path in paths:
+        name, equals, file = path.partition("=")
+        if not equals or name not in names:
+            name, file = names[0] if names else "", path
+            if len(names) != 1:
+                raise ValueError(
+                    f"[mask] {path}: {spec.name} takes several label maps: write {' or '.join(f'{n}=FILE' for n in names)}"
+                    if names else
+                    f"[mask] {path}: {spec.name} takes no label map; export it with --controlnet, or a SPADE network"
+                )  # fmt: skip
+        texts.append(f"{name}=@{file}")
+    return texts
 
 
 def _numbers(spec: ArtifactSpec | None, name: str, text: str) -> float | NDArray[np.generic]:
@@ -51,6 +77,14 @@ def _numbers(spec: ArtifactSpec | None, name: str, text: str) -> float | NDArray
     if shape is not None and len(fixed) == len(shape) and math.prod(fixed) == len(numbers):
         return array.reshape(fixed)
     return array
+
+
+def _read_nifti(spec: ArtifactSpec | None, name: str, path: str) -> Volume:
+    volume = read_on_grid(path, spec)
+    shape = next((one.shape for one in (() if spec is None else spec.conditions) if one.name == name), ())
+    if len(shape) == volume.array.ndim + 1 and shape[0] == 1:
+        return Volume(volume.array[None], volume.affine, volume.spacing_mm)
+    return volume
 
 
 def _read(name: str, path: str) -> NDArray[np.generic]:

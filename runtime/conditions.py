@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .sizes import check_size
+from .sizes import check_size, related_sizes
 from .spec import ArtifactSpec, ConditionField, ConditionSpec, Ratio
 
 Array = NDArray[np.generic]
@@ -39,7 +39,7 @@ def resolve(spec: ArtifactSpec, given: Mapping[str, Any] | None, sizes: Mapping[
     """
     rest = dict(given or {})
     _refuse_unknown(spec.conditions, rest)
-    known = dict(sizes)
+    known = dict(sizes) | related_sizes(spec, sizes)
     values = {}
     for condition in spec.conditions:
         fields = {field.name: rest[field.name] for field in condition.fields if field.name in rest}
@@ -53,8 +53,9 @@ def resolve(spec: ArtifactSpec, given: Mapping[str, Any] | None, sizes: Mapping[
             numbers = list(_numbers(condition, fields).values())
             values[condition.name] = np.array(numbers, condition.dtype).reshape(condition.shape)  # type: ignore[arg-type]
         else:
+            what = "label map" if condition.is_mask else "array"
             raise ValueError(
-                f"[condition] {condition.name} is missing: give a {condition.dtype} array of shape {_shape(condition)}"
+                f"[condition] {condition.name} is missing: give a {condition.dtype} {what} of shape {_shape(condition)}"
             )
     return Conditions(values=values, sizes=known)
 
@@ -149,8 +150,13 @@ def _whole(spec: ArtifactSpec, condition: ConditionSpec, value: Any, known: dict
             if wanted not in known:
                 check_size(f"condition {condition.name}", spec.axis(wanted), size)
                 known[wanted] = size
-            if size not in (1, known[wanted]):
-                raise ValueError(f"{where} has shape {array.shape}: axis {wanted} is {known[wanted]} here")
+            # A label map of one slice is a mistake, not a map to repeat.
+            if size != known[wanted] and (size != 1 or condition.is_mask):
+                fit = tuple(known.get(str(one), one) for one in condition.shape)
+                raise ValueError(
+                    f"{where} has shape {array.shape}: axis {wanted} is {known[wanted]} here, the whole {fit}; crop, pad "
+                    "or resample it, or choose another latent size"
+                )
             target.append(known[wanted])
         elif size != wanted:
             raise ValueError(
@@ -163,11 +169,25 @@ def _whole(spec: ArtifactSpec, condition: ConditionSpec, value: Any, known: dict
         and (cast < condition.minimum).any()
         or (condition.maximum is not None and (cast > condition.maximum).any())
     ):
+        if condition.is_mask:
+            raise ValueError(f"{where} {_unknown_labels(condition, cast)}")
         raise ValueError(
             f"{where} reaches from {cast.min()} to {cast.max()}: need {condition.minimum}..{condition.maximum}"
         )
     # Not ascontiguousarray, which gives a single number an axis.
     return np.array(np.broadcast_to(cast, target), order="C")
+
+
+def _unknown_labels(condition: ConditionSpec, array: Array) -> str:
+    low, high = condition.minimum, condition.maximum
+    found = np.unique(array)
+    unknown = [str(one) for one in found if low is not None and one < low or high is not None and one > high]
+    names = ", ".join(f"{value} {name}" for value, name in enumerate(condition.labels[:32]))
+    more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+    return (
+        f"has unknown labels {', '.join(unknown[:8])}{more}: the model knows {names or f'{low:g}..{high:g}'}; "
+        "map the others to these"
+    )
 
 
 def _shape(condition: ConditionSpec) -> str:

@@ -19,6 +19,7 @@ from .condition_text import parse_conditions
 from .conditions import resolve
 from .sizes import latent_sizes
 from .spec import ArtifactSpec
+from .volume import Volume
 
 TABLES = (".csv", ".jsonl")
 _LISTED = 64
@@ -35,7 +36,7 @@ class DatasetConditions:
     table_sha256: of the table's file.
     """
 
-    constant: Mapping[str, float | NDArray[np.generic]]
+    constant: Mapping[str, float | NDArray[np.generic] | Volume]
     uniform: Mapping[str, tuple[float, float]]
     rows: Sequence[Mapping[str, Any]] | None = None
     table_sha256: str | None = None

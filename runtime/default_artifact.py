@@ -18,8 +18,10 @@ NAME = "hippocampus"
 BUNDLE = Path(volcast.__file__).parent / "models" / NAME
 
 
-def default_artifact() -> Path:
+def default_artifact(controlled: bool = False) -> Path:
     """The folder of the bundled model's artifact; exported first (some minutes) if the cache lacks it.
+
+    `controlled`: with the ControlNet that takes a label map.
 
     It lives in `$XDG_CACHE_HOME/volcast` (or `~/.cache/volcast`) under a name made of volcast's version and the
     bundle's bytes, so that neither an upgrade nor another bundle meets an old artifact. The export runs as
@@ -28,7 +30,7 @@ def default_artifact() -> Path:
     Raises:
         ValueError: torch or monai is missing, or the export failed.
     """
-    folder = cache_folder() / f"{NAME}-{_key()}"
+    folder = cache_folder() / f"{NAME}{'-controlnet' if controlled else ''}-{_key()}"
     if (folder / MANIFEST).is_file():
         return folder
     missing = [name for name in ("torch", "monai", "onnx") if find_spec(name) is None]
@@ -45,6 +47,7 @@ def default_artifact() -> Path:
             f"[load] cannot make {folder.parent}: {error.strerror}; set XDG_CACHE_HOME"
         ) from error
     command = [sys.executable, "-m", "volcast", "export", str(BUNDLE), "-o", str(folder)]
+    command += ["--controlnet", "controlnet_def"] if controlled else []
     # What the child prints is progress, and stdout may carry --json.
     code = subprocess.run(command, stdout=sys.stderr, check=False).returncode
     # Another process may have exported the same model meanwhile: what counts is that it is there.

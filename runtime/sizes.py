@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -99,6 +99,21 @@ def latent_sizes(
         elif name != value:
             raise ValueError(f"[{operation}] size={wanted}: this model was exported for {default} only")
     return wanted, sizes
+
+
+def related_sizes(spec: ArtifactSpec, sizes: Mapping[str, int]) -> dict[str, int]:
+    """The sizes that follow from the latent's: an image's (`o0` of `d0`) and those of a network's levels (`d0_2`).
+
+    Axes of one number are multiples of the same blocks, so their `multiple` says how they relate.
+    """
+    axes = {axis.name: axis.multiple for axis in spec.axes}
+    related = {}
+    for name, multiple in axes.items():
+        found = re.fullmatch(r"(?:o(\d)|d(\d)_\d+)", name)
+        latent = f"d{found[1] or found[2]}" if found else ""
+        if latent in sizes and latent in axes:
+            related[name] = sizes[latent] * multiple // axes[latent]
+    return related
 
 
 def smallest_batch(spec: ArtifactSpec) -> int:

@@ -215,6 +215,7 @@ class ConditionSpec(Frozen):
     With `fields`, the tensor is that many named numbers, in order; without, an array of this shape is given whole.
     `unconditional` is the value that fills the tensor in the unconditional branch of classifier-free guidance;
     None: the network was not trained for guidance. `minimum` and `maximum` bound every number of an array given whole.
+    Whole numbers whose sizes are all named are a label map (`is_mask`); `labels` may name its values, from 0.
     """
 
     name: Identifier
@@ -224,7 +225,16 @@ class ConditionSpec(Frozen):
     unconditional: Finite | None = None
     minimum: Finite | None = None
     maximum: Finite | None = None
+    labels: tuple[Annotated[str, Field(min_length=1, max_length=100)], ...] = ()
     description: Annotated[str, Field(max_length=2000)] = ""
+
+    @property
+    def is_mask(self) -> bool:
+        return (
+            self.dtype == "int64"
+            and len(self.shape) > 1
+            and all(isinstance(size, str) for size in self.shape)
+        )
 
     @model_validator(mode="after")
     def _fields_fill_shape(self) -> ConditionSpec:
@@ -235,6 +245,10 @@ class ConditionSpec(Frozen):
         if self.fields and (len(sizes) != len(self.shape) or count != len(self.fields)):
             raise ValueError(
                 f"condition {self.name}: {len(self.fields)} fields do not fill shape {self.shape}"
+            )
+        if self.labels and not (self.is_mask and self.minimum == 0 and self.maximum == len(self.labels) - 1):
+            raise ValueError(
+                f"condition {self.name}: {len(self.labels)} labels need a label map of 0..{len(self.labels) - 1}"
             )
         names = [field.name for field in self.fields]
         if len(set(names)) != len(names):

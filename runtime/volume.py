@@ -43,6 +43,10 @@ class Volume:
         if self.affine.shape != (4, 4):
             raise ValueError(f"[volume] affine has shape {self.affine.shape}: need (4, 4)")
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        """The array, where numpy wants one: a Volume may be given as a condition."""
+        return np.array(self.array, dtype=dtype) if copy else np.asarray(self.array, dtype=dtype)
+
     @property
     def channels(self) -> NDArray[np.float32]:
         """The array as `[C, D, H, W]`, with W=1 for a 2D volume; shares memory."""
@@ -79,21 +83,26 @@ class Volume:
         return image
 
 
+def load_nifti(operation: str, path: str | os.PathLike[str]) -> tuple[Any, NDArray[np.float32]]:
+    """nibabel's image in a NIfTI file and its numbers, scaled as its header says (ValueError: there are none)."""
+    import nibabel
+
+    unreadable = (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError)
+    try:
+        image: Any = nibabel.load(path)
+        return image, np.asarray(image.dataobj, dtype=np.float32)
+    except (OSError, ValueError, EOFError, OverflowError, zlib.error, *unreadable) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"[{operation}] {os.fspath(path)}: cannot read it as NIfTI ({reason})") from error
+
+
 def read_nifti(path: str | os.PathLike[str]) -> Volume:
     """The volume in a NIfTI file, `[i, j, k]`, scaled as its header says, with its affine.
 
     Raises:
         ValueError: no such file, no NIfTI, not three axes.
     """
-    import nibabel
-
-    unreadable = (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError)
-    try:
-        image: Any = nibabel.load(path)
-        array = np.asarray(image.dataobj, dtype=np.float32)
-    except (OSError, ValueError, EOFError, OverflowError, zlib.error, *unreadable) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"[volume] {os.fspath(path)}: cannot read it as NIfTI ({reason})") from error
+    image, array = load_nifti("volume", path)
     if array.ndim != 3:
         raise ValueError(f"[volume] {os.fspath(path)} has shape {array.shape}: need three axes")
     spacing = tuple(float(size) for size in image.header.get_zooms()[:3])

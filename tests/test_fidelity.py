@@ -101,7 +101,7 @@ def test_other_source_files_are_another_model(gaussian: Path, altered: Callable[
         (["--samples", 0], "[verify] samples=0: need 1..10000"),
         (["--steps", 0], "steps=0: need 1..1000"),
         (["--guidance", -1], "guidance=-1"),
-        (["--set", "a=1"], "leave the bundle, --config, --weights and --set out"),
+        (["--set", "a=1"], "leave the bundle, --config, --weights, --set and --controlnet out"),
     ],
 )
 def test_bad_arguments(gaussian: Path, capfd, arguments: list[object], message: str) -> None:

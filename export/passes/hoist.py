@@ -140,10 +140,7 @@ class _Copier:
             current = stack[-1]
             if current in self.copies:
                 stack.pop()
-            elif is_size(current) and symbol(current.meta["val"]) in self.leaves:
-                place, axis = self.leaves[symbol(current.meta["val"])]
-                size = self.graph.call_function(aten.sym_size.int, (place, axis))
-                size.meta["val"] = current.meta["val"]
+            elif is_size(current) and (size := self._own_size(current.meta["val"])) is not None:
                 self.copies[current] = size
             else:
                 missing = [source for source in current.all_input_nodes if source not in self.copies]
@@ -152,6 +149,23 @@ class _Copier:
                     continue
                 self.copies[current] = self.graph.node_copy(current, self.copies.__getitem__)
         return self.copies[node]
+
+    def _own_size(self, wanted: Any) -> Node | None:
+        """A size read off an input: that very one, or one of which it is a whole part (a latent's beside an image's)."""
+        if not is_free(wanted):
+            return None
+        for place, axis in self.leaves.values():
+            whole = shape_of(place)[axis]
+            parts = whole.node.expr / wanted.node.expr if isinstance(whole, torch.SymInt) else None
+            if parts is None or not parts.is_Integer:
+                continue
+            size = self.graph.call_function(aten.sym_size.int, (place, axis))
+            size.meta["val"] = whole
+            if parts != 1:
+                size = self.graph.call_function(operator.floordiv, (size, int(parts)))
+                size.meta["val"] = wanted
+            return size
+        return None
 
     def call(self, target: Any, arguments: tuple[Any, ...]) -> Node:
         """A new operator, with the value that it would have."""
