@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Mount, Route
+from starlette.routing import Mount, Route, Router
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
@@ -26,7 +24,7 @@ from .health import Readiness
 from .keys import Keys
 from .metrics import CONTENT_TYPE, Metrics
 from .quota import Quotas
-from .refusal import STATUS, Refusal, as_json
+from .refusal import Refusal, as_json
 from .schema import body_schema
 from .settings import Limits, Timing
 from .store import VolumeStore
@@ -64,8 +62,8 @@ class Application:
             self.drain, self.metrics, self._readiness, limits, timing,
         )  # fmt: skip
         page = StaticFiles(directory=PAGE, check_dir=False)
-        app = Starlette(
-            routes=[
+        router = Router(
+            [
                 Route("/", self._index),
                 Mount("/page", page, name="page"),
                 *(Route(path, self._document) for path in self._documents),
@@ -75,19 +73,18 @@ class Application:
                 Route("/health/ready", self._ready),
                 Route("/metrics", self._metrics_text),
             ],
-            exception_handlers={HTTPException: _http, Refusal: _refused},
+            redirect_slashes=False,
             lifespan=self._lifespan,
         )
-        app.router.redirect_slashes = False
         self._page = page
-        self._front = Front(app, keys, self.metrics, hosts)
+        self._front = Front(router, keys, self.metrics, hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._front(scope, receive, send)
+        # Routes raise what is not found, for `Front` to tell, if they know of an application.
+        await self._front({**scope, "app": self}, receive, send)
 
     @asynccontextmanager
-    async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
-        self.upstream.start()
+    async def _lifespan(self, _: object) -> AsyncIterator[None]:
         try:
             yield
         finally:
@@ -127,18 +124,5 @@ class Application:
         return Response(await self.metrics.text(), headers={"content-type": CONTENT_TYPE})
 
 
-def _json(content: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(content, status, headers, "application/json")
-
-
-async def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Refusal)
-    request.scope["state"]["log"]["code"] = error.code
-    return _json(as_json(error.body(request.state.request_id)), STATUS[error.code], error.headers())
-
-
-async def _http(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    told: Any = {404: Refusal("not_found", "[gateway] there is nothing here")}
-    refusal = told.get(error.status_code, Refusal("invalid", f"[gateway] {error.detail}"))
-    return _json(as_json(refusal.body(request.state.request_id)), error.status_code, error.headers)
+def _json(content: bytes) -> Response:
+    return Response(content, media_type="application/json")

@@ -103,10 +103,7 @@ class BodyReader:
 
     def _tensor(self, name: str, value: Any) -> Array:
         if isinstance(value, str):
-            try:
-                return as_bytes(value)
-            except UnicodeEncodeError as error:
-                raise ValueError(f"[request] {name}: not UTF-8 text") from error
+            return as_bytes(value)
         try:
             with np.errstate(over="ignore"):
                 return np.array(value if isinstance(value, list) else [value], self._inputs[name].dtype)

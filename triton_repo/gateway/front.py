@@ -9,6 +9,7 @@ import uuid
 from typing import Any, final
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .keys import Keys
@@ -56,6 +57,7 @@ class Front:
             await send(message)
 
         refusal: Refusal | None = None
+        refused: int | None = None
         try:
             self._check_host(headers)
             if scope["path"].startswith("/v1"):
@@ -63,6 +65,11 @@ class Front:
             await self._app(scope, receive, answer)
         except Refusal as error:
             refusal = error
+        except HTTPException as error:  # what Starlette's routes and files raise
+            refusal, refused = (
+                Refusal("not_found" if error.status_code == 404 else "invalid", f"[gateway] {error.detail}"),
+                error.status_code,
+            )
         except Exception:  # noqa: BLE001  (it is logged and answered)
             LOGGER.exception("failed", extra={"fields": {"request_id": state["request_id"]}})
             refusal = Refusal("internal", INTERNAL)
@@ -70,7 +77,7 @@ class Front:
             if refusal is not None:
                 state["log"]["code"] = refusal.code
                 if not status:
-                    await refuse(refusal, state["request_id"], answer)
+                    await _refuse(refusal, state["request_id"], answer, refused)
             self._told(
                 scope,
                 499 if refusal is not None and refusal.code == "cancelled" else status,
@@ -98,8 +105,8 @@ class Front:
         LOGGER.log(logging.DEBUG if quiet else logging.INFO, "request", extra={"fields": fields})
 
 
-async def refuse(refusal: Refusal, request_id: str, send: Send, status: int | None = None) -> None:
-    """Answer with `refusal`; `status` in place of its code's own."""
+async def _refuse(refusal: Refusal, request_id: str, send: Send, status: int | None) -> None:
+    """`status` in place of its code's own."""
     content = as_json(refusal.body(request_id))
     headers = {"content-type": "application/json", "content-length": str(len(content)), **refusal.headers()}
     raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]

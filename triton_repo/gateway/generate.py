@@ -139,7 +139,7 @@ class Generate:
         began, told = time.perf_counter(), dict[tuple[str, int], int]()
         request_id = request.scope["state"]["request_id"]
         try:
-            async with aclosing(self._upstream.answers(request_id, order.tensors)) as answers:
+            async with aclosing(self._upstream.answers(order.tensors)) as answers:
                 async for tensors in answers:
                     kind, sample = text_of(tensors["kind"]), int(tensors["sample"][0])
                     step = int(tensors["step"][0]) if "step" in tensors else 1

@@ -45,7 +45,7 @@ class Readiness:
     async def _probe(self) -> str | None:
         try:
             async with asyncio.timeout(PROBE_S):
-                async with aclosing(self._upstream.answers("ready", self._tensors, resend=False)) as answers:
+                async with aclosing(self._upstream.answers(self._tensors, resend=False)) as answers:
                     kinds = [text_of(one["kind"]) async for one in answers]
             return None if kinds == ["volume"] else f"a probe was answered with {kinds}"
         except TimeoutError:
