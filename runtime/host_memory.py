@@ -7,7 +7,7 @@ from typing import final
 
 from .engine import shapes
 from .footprint import EngineMemory, Footprint
-from .memory import resident_bytes
+from .memory import give_back_at_once, resident_bytes
 from .memory_limit import MemoryLimit, Sizes
 from .onnx_graph import OnnxGraph, read_graph
 from .onnx_shapes import sized_values
@@ -18,9 +18,14 @@ from .spec import ArtifactSpec
 
 @final
 class HostMemory(MemoryLimit):
-    """`limit`: of the whole process. `base`: what is resident now, and the engine's libraries."""
+    """`limit`: of the whole process. `base`: what is resident now, and the engine's libraries.
+
+    With a limit the process's allocator gives large blocks back at once from then on.
+    """
 
     def __init__(self, folder: Path, spec: ArtifactSpec, engine: EngineMemory, limit: int | None) -> None:
+        if limit is not None:
+            give_back_at_once()
         super().__init__(spec, limit, resident_bytes() + engine.library_bytes)
         self._folder, self._engine = folder, engine
         self._graphs: dict[str, OnnxGraph] = {}

@@ -9,6 +9,11 @@ import sys
 from pathlib import Path
 from typing import final
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""glibc's numbers for them (malloc.h)."""
+KEPT = 2 * 2**20
+"""Bytes of a block that the allocator may keep when it is freed."""
+
 
 @final
 class PeakMemory:
@@ -46,6 +51,18 @@ def give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(ctypes.c_size_t(0))
+
+
+def give_back_at_once() -> None:
+    """From now on large blocks go to the operating system when they are freed.
+
+    Without it glibc puts blocks of up to 32 MiB on its heaps once a few were freed, one heap for each of an engine's
+    threads, and neither `give_back` nor a block of another thread gets what lies free at the end of such a heap.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(M_MMAP_THRESHOLD, KEPT)
+        set_option(M_TRIM_THRESHOLD, KEPT)
 
 
 def _status(name: str) -> int | None:
