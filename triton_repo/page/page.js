@@ -150,9 +150,11 @@ function again(record, what) {
     request.repeat(record.body, record.seed);
     $("generate").focus();
     $("news").textContent = `The form holds the settings of seed ${record.seed}`;
-  } else if (!run) {
-    clearFrames();
-    addFrame("final", record.blob);
+  } else {
+    // A run under way keeps its frames, and its next one is shown.
+    if (run) for (const input of $("frames").querySelectorAll("input")) input.checked = false;
+    else clearFrames();
+    draw(record.blob);
     present(record);
     $("volume").focus();
   }

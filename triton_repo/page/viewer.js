@@ -67,7 +67,7 @@ export class Viewer {
       this.#niivue.addVolume(image);
       if (before) this.#niivue.removeVolume(before);
       else this.#ready();
-      this.#follow();
+      this.#niivue.createOnLocationChange();
     }
   }
 
@@ -75,13 +75,12 @@ export class Viewer {
     for (const slider of $("sliders").querySelectorAll("input")) slider.disabled = false;
     this.#niivue.setRenderAzimuthElevation(120, 15);
     this.#niivue.setScale(0.9);
-    this.#niivue.createOnLocationChange();
   }
 
   #listen() {
     this.#niivue.onLocationChange = (place) => {
       const at = AXES.map((axis, i) => `${axis} ${place.mm[i].toFixed(1)}`).join(", ");
-      $("place").textContent = `At ${at} mm: ${short(place.values[0].value)}`;
+      $("place").textContent = `At ${at} mm: value ${short(place.values[0].value)}`;
       this.#follow();
     };
     this.#niivue.onAzimuthElevationChange = () => this.#follow();
