@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Mapping
-from concurrent.futures import CancelledError
 from contextlib import closing
 from typing import Any, Unpack, final
 
@@ -119,20 +118,20 @@ class Client:
             raise self._messages.failed(error) from error
         return {key: value.string_value for key, value in answer.config.parameters.items()}
 
-    def fault(self, timeout_s: float) -> str | None:
-        """Why the model does not answer within `timeout_s`; None: it does.
+    def probe(self, timeout_s: float) -> None:
+        """Return when the model has answered.
 
         The question is one that the model itself refuses, at once and whatever else it does: Triton calls a model ready
-        whose process is dead.
+        whose process is dead. Raises as `sample_many`.
         """
         try:
             for _ in self.answers({"num_samples": 0}, timeout_s):
                 pass
         except ValueError as error:
-            return None if "num_samples=0" in str(error) else str(error)
-        except (TimeoutError, Unavailable, CancelledError) as error:
-            return str(error)
-        return "it accepts bad requests"
+            if "num_samples=0" not in str(error):
+                raise
+        else:
+            raise ValueError(f"[client] {self._messages.address} accepts bad requests")
 
     def _learn(self, timeout_s: float | None) -> None:
         if not self._messages.known:

@@ -24,7 +24,7 @@ OnPreview = Callable[[int, Volume], None]
 CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1),
     # A server that is restarted is back within seconds: gRPC's own pauses grow to two minutes.
-    ("grpc.initial_reconnect_backoff_ms", 200), ("grpc.min_reconnect_backoff_ms", 2000),
+    ("grpc.initial_reconnect_backoff_ms", 200), ("grpc.min_reconnect_backoff_ms", 5000),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]  # fmt: skip
 
@@ -150,6 +150,11 @@ class Messages:
 
         self._pb, self._address, self._model = service_pb2, address, model
         self._inputs: dict[str, tuple[str, tuple[int, ...]]] = {}
+
+    @property
+    def address(self) -> str:
+        """Host and port of the server."""
+        return self._address
 
     @property
     def known(self) -> bool:

@@ -154,12 +154,16 @@ class Servers(Crew):
                 slots = [slot for slot in self._clients if self._servers[slot % len(self._servers)] == server]
             if not slots:
                 continue
+            reason: str | None = None
             with Client(server) as client:
-                reason = client.fault(HANG_S)
+                try:
+                    client.probe(HANG_S)
+                except (OSError, ValueError, CancelledError) as error:
+                    reason = fault(error)
             with self._known:
-                for slot in slots if reason is not None else []:
-                    if slot in self._clients:
-                        self._hung[slot] = str(reason)
+                for slot in slots:
+                    if reason is not None and slot in self._clients:
+                        self._hung[slot] = reason
                         self._clients[slot].close()
 
 

@@ -55,6 +55,7 @@ def serve(
     from volcast.runtime.engine_auto import resolve_engine
 
     from .gateway.application import LOOPBACK, Application
+    from .gateway.health import probe_tensors
     from .gateway.keys import read_keys
     from .gateway.log import log_to_stderr
     from .gateway.server import Gateway, check_exposure
@@ -87,7 +88,7 @@ def serve(
         repository.mkdir()
         write_model(repository, name, spec, serving)
         supervisor = Supervisor(
-            installation, repository, name, ports,
+            installation, repository, name, ports, probe_tensors(spec),
             lambda line: typer.echo(f"volcast: {line}", err=True), drain_s=drain,
         )  # fmt: skip
 

@@ -9,21 +9,26 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
-from volcast.runtime.client import Client
+from volcast.runtime.interface import Array
 
 from .installation import Installation
+from .pulse import Pulse
 
 SHARED_MEMORY = Path("/dev/shm")
-PROBE_S, HANG_S, LOAD_S = 0.5, 10.0, 600.0
-"""Between probes; until one counts as a hang; for a start."""
-STEADY_S = 60.0
-"""After that long without a fault the back-off starts over."""
+PROBE_S, LOAD_S = 0.5, 600.0
+"""Between probes; for a start."""
+AT_ONCE, STEADY_S = 5, 60.0
+"""So many faults in that time are mended at once; after each further one the pause doubles, up to 30 s."""
+IDLE_S = 5.0
+"""A stopping server that has nothing left to do is given so long. Release 24.10 keeps a request open for ever whose caller
+goes away in the moment in which an answer is sent, and would take the whole of its time."""
 _FOLLOW = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
 """PR_SET_PDEATHSIG: no server outlives us, however we end."""
 
@@ -62,14 +67,15 @@ class Supervisor:
         repository: Path,
         model: str,
         ports: Ports,
+        first: Mapping[str, Array],
         tell: Callable[[str], None],
         *,
         drain_s: int = 30,
     ) -> None:
-        """`tell` gets a line for what happens: ready, restarted, stopped. `drain_s`: for requests under way at a stop."""
+        """`first`: inputs of a request that a server must answer before it counts as ready. `tell` gets a line for what happens: ready, restarted, stopped. `drain_s`: for requests under way at a stop."""
         self._installation, self._repository, self._model = installation, repository, model
-        self._ports, self._tell, self._drain_s = ports, tell, drain_s
-        self._prefix = f"volcast_{os.getpid()}_"
+        self._ports, self._first, self._tell, self._drain_s = ports, first, tell, drain_s
+        self._prefix = f"volcast_{os.getpid()}_{_namespace()}_"
         self._stop = threading.Event()
 
     def stop(self) -> None:
@@ -78,32 +84,37 @@ class Supervisor:
     def run(self) -> None:
         """Serve until `stop`. Raises ValueError: the first start fails; later ones are tried again."""
         self._ports.check()
-        faults, began = 0, 0.0
+        _sweep()
+        faults: deque[float] = deque()
+        served = False
         while not self._stop.is_set():
             server = self._start()
+            pulse = Pulse(server, self._model, grpc=self._ports.grpc, metrics=self._ports.metrics)
             try:
-                if self._wait_ready(server):
-                    began = time.monotonic()
+                reason = self._wait_ready(pulse)
+                if reason is None and not self._stop.is_set():
+                    served = True
                     self._tell(
                         f"ready: {self._model} on http 127.0.0.1:{self._ports.http}, grpc 127.0.0.1:{self._ports.grpc}"
                     )
-                    reason = self._watch(server)
-                elif self._stop.is_set():
-                    reason = None
-                elif not began:
-                    raise ValueError(
-                        f"[serve] tritonserver did not start (exit code {server.poll()}); see the lines above"
-                    )
-                else:
-                    reason = "it did not start"
+                    reason = self._watch(pulse)
+                elif not served and not self._stop.is_set():
+                    raise ValueError(f"[serve] tritonserver did not start: {reason}; see the lines above")
             finally:
-                self._end(server)
+                self._end(server, pulse)
             if reason is not None:
-                faults = 0 if time.monotonic() - began > STEADY_S else faults + 1
-                pause = 0.0 if faults <= 1 else min(30.0, 2.0 ** (faults - 2))
+                pause = self._pause(faults)
                 self._tell(f"restarting tritonserver in {pause:g} s: {reason}")
                 self._stop.wait(pause)
         self._tell("stopped")
+
+    def _pause(self, faults: deque[float]) -> float:
+        """Seconds before the next start; `faults`: the times of the last ones."""
+        now = time.monotonic()
+        faults.append(now)
+        while now - faults[0] > STEADY_S:
+            faults.popleft()
+        return 0.0 if len(faults) <= AT_ONCE else min(30.0, 2.0 ** (len(faults) - AT_ONCE - 1))
 
     def _start(self) -> subprocess.Popen[bytes]:
         ports, local = self._ports, "127.0.0.1"
@@ -121,37 +132,52 @@ class Supervisor:
             start_new_session=True,
         )  # fmt: skip
 
-    def _wait_ready(self, server: subprocess.Popen[bytes]) -> bool:
-        end = time.monotonic() + LOAD_S
-        while server.poll() is None and time.monotonic() < end and not self._stop.is_set():
-            if self._fault() is None:
-                return True
-            self._stop.wait(0.1)
-        return False
+    def _wait_ready(self, pulse: Pulse) -> str | None:
+        """Until the model gives a volume: why it does not; None: it does, or `stop`.
 
-    def _watch(self, server: subprocess.Popen[bytes]) -> str | None:
+        Triton's own word is not enough: it calls a model ready whose warm-up has failed.
+        """
+        end = time.monotonic() + LOAD_S
+        fault = pulse.fault()
+        while fault is not None and not self._stop.is_set():
+            if pulse.ended or time.monotonic() > end:
+                return fault
+            self._stop.wait(0.1)
+            fault = pulse.fault()
+        return pulse.samples(self._first, self._stop.is_set)
+
+    def _watch(self, pulse: Pulse) -> str | None:
         """Until a fault, which it names, or `stop`: None."""
         while not self._stop.wait(PROBE_S):
-            code = server.poll()
-            if code is not None:
-                return f"it ended with code {code}"
-            fault = self._fault()
+            fault = pulse.fault()
             if fault is not None:
                 return fault
         return None
 
-    def _fault(self) -> str | None:
-        with Client(f"127.0.0.1:{self._ports.grpc}", self._model) as client:
-            return client.fault(HANG_S)
-
-    def _end(self, server: subprocess.Popen[bytes]) -> None:
-        if server.poll() is None:
+    def _end(self, server: subprocess.Popen[bytes], pulse: Pulse) -> None:
+        if self._stop.is_set() and not pulse.ended:
             server.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                server.wait(self._drain_s + 5 if self._stop.is_set() else 1.0)
-        # Also the model's processes of a server that is gone.
+            end, idle = time.monotonic() + self._drain_s + 5, 0.0
+            while not pulse.ended and time.monotonic() < end and idle < IDLE_S:
+                idle = idle + 0.25 if pulse.idle() else 0.0
+                with suppress(subprocess.TimeoutExpired):
+                    server.wait(0.25)
+        # Also the model's processes of a server that is gone. After a fault nobody is waited for: callers try again.
         with suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)
         server.wait()
         for file in SHARED_MEMORY.glob(f"{self._prefix}*"):
+            file.unlink(missing_ok=True)
+
+
+def _namespace() -> str:
+    """Of the process ids: containers that share /dev/shm have ids of their own."""
+    return os.readlink("/proc/self/ns/pid").strip("pid:[]")
+
+
+def _sweep() -> None:
+    """Remove what servers left that nobody could stop."""
+    for file in SHARED_MEMORY.glob(f"volcast_*_{_namespace()}_*"):
+        process = file.name.split("_")[1]
+        if process.isdecimal() and not Path("/proc", process).exists():
             file.unlink(missing_ok=True)
