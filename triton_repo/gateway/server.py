@@ -12,6 +12,7 @@ from typing import final
 import uvicorn
 
 from .application import Application
+from .connection import Connection
 from .keys import Keys
 from .settings import Listening
 
@@ -30,7 +31,7 @@ class Gateway:
         self._socket = _listen(listening)
         try:
             config = uvicorn.Config(
-                application, log_config=None, access_log=False, server_header=False, proxy_headers=False, http="h11",
+                application, log_config=None, access_log=False, server_header=False, proxy_headers=False, http=Connection,
                 ws="none", lifespan="on", timeout_keep_alive=15, timeout_graceful_shutdown=5,
                 ssl_certfile=listening.certificate, ssl_keyfile=listening.private_key,
             )  # fmt: skip

@@ -1,0 +1,152 @@
+"""How a gateway ends, and what its callers notice of a server that ends."""
+
+from __future__ import annotations
+
+import signal
+import ssl
+import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from gateways import EVENTS, GENERATE, LONG, counted, events, gateway, until
+from served import Served
+
+from volcast.runtime.pipeline import load
+from volcast.runtime.volume import read_nifti
+from volcast.triton_repo.gateway import drain
+from volcast.triton_repo.gateway.server import Gateway
+from volcast.triton_repo.gateway.settings import Listening
+
+
+def follow(client: httpx.Client, body: dict[str, Any], begun: threading.Event) -> list[tuple[str, Any]]:
+    """All events; `begun` is set after the first step."""
+    told = []
+    with client.stream("POST", GENERATE, json=body, headers=EVENTS) as answer:
+        for name, value in events(answer):
+            told.append((name, value))
+            if name == "progress":
+                begun.set()
+    return told
+
+
+def stopping(running: Gateway) -> threading.Thread:
+    ending = threading.Thread(target=running.stop)
+    ending.start()
+    return ending
+
+
+def test_what_is_open_ends_and_what_comes_is_sent_away(
+    gaussian: Path, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drain, "FETCH_S", 600)
+    begun = threading.Event()
+    with (
+        gateway(gaussian, served, drain_s=600) as running,
+        httpx.Client(base_url=running.url, timeout=60) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        open_one = pool.submit(follow, client, {**LONG, "num_samples": 8}, begun)
+        assert begun.wait(60)
+        ending = stopping(running)
+        refused = until(lambda: (answer := client.post(GENERATE, json={})).status_code == 503 and answer)
+        assert refused.json()["error"]["code"] == "unavailable" and int(refused.headers["retry-after"]) > 0
+        assert (
+            client.get("/health/ready").status_code == 503 and client.get("/health/live").status_code == 200
+        )
+        told = open_one.result(60)
+        assert told[-1] == ("end", {})
+        for url in [value["url"] for name, value in told if name == "volume"]:
+            assert client.get(url).status_code == 200  # the gateway waits for its callers to fetch them
+        ending.join(60)
+        assert not ending.is_alive()
+        with pytest.raises(httpx.ConnectError):
+            client.get("/health/live")
+
+
+def test_what_takes_longer_than_the_drain_is_told_so(gaussian: Path, served: Served) -> None:
+    begun = threading.Event()
+    with (
+        gateway(gaussian, served, drain_s=0) as running,
+        httpx.Client(base_url=running.url, timeout=60) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        open_one = pool.submit(follow, client, LONG, begun)
+        assert begun.wait(60)
+        ending = stopping(running)
+        name, value = open_one.result(60)[-1]
+        assert (
+            name == "error"
+            and value["error"]["code"] == "unavailable"
+            and "stops" in value["error"]["message"]
+        )
+        ending.join(60)
+        assert not ending.is_alive()
+
+
+def test_a_restart_of_the_server_loses_no_request(gaussian: Path, served: Served, tmp_path: Path) -> None:
+    body = {**LONG, "num_samples": 8, "seed": 6, "preview_every": 250}
+    before, begun = served.told("ready:"), threading.Event()
+    with (
+        httpx.Client(base_url=f"http://127.0.0.1:{served.port}", timeout=120) as client,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        resent = counted(client, "volcast_gateway_resent_total")
+        under_way = pool.submit(follow, client, body, begun)
+        assert begun.wait(60)
+        served.signal("bin/tritonserver", signal.SIGKILL)
+        # One that comes while no server is there waits for it.
+        late = pool.submit(client.post, GENERATE, json={"seed": 2, "steps": 3})
+        told = under_way.result(120)
+        served.wait("ready:", before + 1)
+        assert counted(client, "volcast_gateway_resent_total") > resent
+        assert [name for name, _ in told].count("end") == 1 and told[-1][0] == "end"
+        volumes = {value["sample"]: value["url"] for name, value in told if name == "volume"}
+        assert len(volumes) == 8 == sum(name == "volume" for name, _ in told)
+        for sample in range(8):
+            steps = [
+                value["step"] for name, value in told if name == "progress" and value["sample"] == sample
+            ]
+            assert steps == sorted(set(steps)) and steps[-1] == 1000
+        contents = [client.get(volumes[sample]).content for sample in range(8)][:1] + [
+            late.result(120).content
+        ]
+    with load(gaussian, engine="onnxruntime", threads=1) as model:
+        expected = [model.sample(6, steps=1000, size=(16, 16, 16)), model.sample(2, steps=3)]
+    for content, alone in zip(contents, expected, strict=True):
+        (tmp_path / "out.nii.gz").write_bytes(content)
+        np.testing.assert_array_equal(read_nifti(tmp_path / "out.nii.gz").array, alone.array)
+
+
+def test_tls_by_configuration(gaussian: Path, served: Served, tmp_path: Path) -> None:
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    make = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
+            "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]  # fmt: skip
+    subprocess.run(make, check=True, capture_output=True)
+    listening = Listening(port=0, certificate=certificate, private_key=key)
+    trust = ssl.create_default_context(cafile=str(certificate))
+    with gateway(gaussian, served, listening=listening) as running:
+        assert running.url.startswith("https://")
+        with httpx.Client(base_url=running.url, timeout=60, verify=trust) as client:
+            assert client.post(GENERATE, json={"steps": 2}).status_code == 200
+        with httpx.Client(base_url=running.url, timeout=60) as client, pytest.raises(httpx.ConnectError):
+            client.get("/health/live")
+    with (
+        pytest.raises(ValueError, match="TLS: cannot read"),
+        gateway(
+            gaussian, served, listening=Listening(port=0, certificate=tmp_path / "none", private_key=key)
+        ),
+    ):
+        pass
+
+
+def test_a_port_in_use_is_named(gaussian: Path, served: Served) -> None:
+    with (
+        pytest.raises(ValueError, match=f"127.0.0.1:{served.port}.*in use.*choose another --port"),
+        gateway(gaussian, served, listening=Listening(port=served.port)),
+    ):
+        pass
