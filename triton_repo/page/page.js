@@ -7,8 +7,8 @@ import * as request from "./request.js";
 import * as trouble from "./trouble.js";
 import { Viewer } from "./viewer.js";
 
+const viewer = openViewer();
 let models = [];
-let viewer = null;
 let run = null;
 
 const model = () => models.find((one) => one.name === $("model").value);
@@ -119,10 +119,15 @@ function clearFrames() {
   $("frames").replaceChildren($("frames").firstElementChild);
 }
 
-function draw(blob) {
-  if (!viewer) return;
-  $("empty").hidden = true;
-  viewer.show(blob).catch(trouble.show);
+async function draw(blob) {
+  try {
+    const opened = await viewer;
+    if (!opened) return;
+    $("empty").hidden = true;
+    await opened.show(blob);
+  } catch (error) {
+    trouble.show(error);
+  }
 }
 
 /** A finished volume's file and facts. */
@@ -160,15 +165,16 @@ function again(record, what) {
   }
 }
 
+/** The viewer, or null and words in its place. */
 async function openViewer() {
   try {
-    viewer = await Viewer.open();
+    return await Viewer.open();
   } catch (error) {
-    $("canvas").hidden = true;
-    $("sliders").hidden = true;
-    $("layouts").hidden = true;
+    for (const id of ["canvas", "sliders", "layouts"]) $(id).hidden = true;
+    $("screen").classList.add("low");
     $("empty").textContent =
       `This browser cannot show volumes here (${error.message}). Generating and downloading work all the same.`;
+    return null;
   }
 }
 
@@ -185,6 +191,5 @@ $("request").addEventListener("submit", (event) => {
   generate();
 });
 $("cancel").addEventListener("click", () => run?.abort());
-$("layouts").addEventListener("change", (event) => viewer?.layout(event.target.value));
-openViewer();
+$("layouts").addEventListener("change", async (event) => (await viewer)?.layout(event.target.value));
 listModels();
