@@ -36,8 +36,10 @@ def build_plan(
     ranges: Mapping[str, Range],
     settings: PlanSettings,
     progress: Progress,
-) -> bytes:
+) -> tuple[bytes, int | None]:
     """The plan of the ONNX program at `onnx`, whose tensors `program` describes, for the sizes in `ranges`.
+
+    Beside it what it takes on the device between its layers at the largest sizes, if the library tells.
 
     Raises ValueError with the library's reason, KeyboardInterrupt soon after Ctrl-C.
     """
@@ -74,7 +76,7 @@ def build_plan(
     library.use_timing_cache(config, settings.timing_cache)
     plan = _built(library, builder, network, config, name, settings.strip, progress)
     library.keep_timing_cache(config, settings.timing_cache)
-    return plan
+    return plan, library.scratch_bytes(plan, settings.version_compatible)
 
 
 def _check_inputs(trt: Any, network: Any, program: ProgramSpec) -> None:

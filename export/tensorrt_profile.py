@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from volcast.runtime.plans import Range
+from volcast.runtime.programs import bind
 from volcast.runtime.sizes import check_size, latent_sizes
+from volcast.runtime.slabs import SlabProgram
 from volcast.runtime.spec import ArtifactSpec
 
 BATCH = (1, 8)
@@ -57,6 +60,30 @@ def one_by_one(ranges: Mapping[str, Range]) -> dict[str, Range]:
     """The ranges of decode and encode, which run image by image: memory and bits do not depend on the batch."""
     one = Range(minimum=1, optimum=1, maximum=1)
     return {name: one if name == "batch" else each for name, each in ranges.items()}
+
+
+def slab_ranges(spec: ArtifactSpec, ranges: Mapping[str, Range]) -> dict[str, dict[str, Range]]:
+    """By the segment's name: the sizes of a slab, from its fewest rows at the smallest latent to all at the largest.
+
+    Tuned for a quarter of the rows: slabs are run where the whole does not fit.
+    """
+    if spec.slabs is None:
+        return {}
+    latent = spec.programs["decode"].inputs[0].shape[2:]
+    found: dict[str, dict[str, Range]] = {}
+    for index, segment in enumerate(spec.slabs.segments):
+        each: list[dict[str, int]] = []
+        for which, share in (("minimum", 0), ("optimum", 4), ("maximum", 1)):
+            sizes = [one if isinstance(one, int) else getattr(ranges[one], which) for one in latent]
+            program = SlabProgram(spec.slabs, sizes)
+            depth, step = program.depth(segment.value), program.step(index)
+            rows = step if share == 0 else -(-depth // (share * step)) * step
+            shapes = program.input_shapes(index, depth if segment.whole else rows)
+            each.append(bind(segment.program.file, segment.program, shapes))
+        found[Path(segment.program.file).stem] = {
+            axis: _range(axis, *(sizes[axis] for sizes in each)) for axis in each[0]
+        }
+    return found
 
 
 def parse_batch(text: str) -> tuple[int, int]:

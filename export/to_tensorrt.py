@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256 as digest_of
 from pathlib import Path
-from typing import get_args
 
 import onnx_ir
 
@@ -27,13 +26,14 @@ from volcast.runtime.plans import (
     Range,
     Target,
     Weight,
+    planned_programs,
     source_digest,
 )
-from volcast.runtime.spec import ArtifactSpec, Precision
+from volcast.runtime.spec import ArtifactSpec, Precision, ProgramSpec
 from volcast.runtime.tensorrt_library import Library, open_library
 
 from .tensorrt_network import PlanSettings, build_plan
-from .tensorrt_profile import Sizes, as_text, axis_ranges, one_by_one
+from .tensorrt_profile import Sizes, as_text, axis_ranges, one_by_one, slab_ranges
 from .tensorrt_shapes import check_elements
 from .tensorrt_strip import write_skeleton
 from .tensorrt_types import typed
@@ -60,6 +60,8 @@ def build_tensorrt(
 ) -> tuple[Path, PlanManifest]:
     """Write a plan for each program of `artifact` to `folder` (left out: `plans_folder`) and return that and their manifest.
 
+    The decoder's segments for slabs become plans too.
+
     Args:
         capabilities: compute capabilities, 86 for 8.6, that TensorRT-RTX builds for; left out: all from 8.0 on.
         precision: of products and volumes; sums, norms and softmax are float32, and so is `schedule` but for 7.5.
@@ -76,11 +78,14 @@ def build_tensorrt(
     check_place(place, replace)
     spec = read_artifact(artifact)
     ranges = axis_ranges(spec, batch, size)
-    names = [name for name in get_args(ProgramName) if name in spec.programs]
-    for name in names:
-        sizes = {axis: one.maximum for axis, one in _ranges(name, ranges).items()}
-        fused = precision is not Precision.FP32
-        check_elements(artifact / spec.programs[name].file, name, spec.programs[name], sizes, fused)
+    slabs = slab_ranges(spec, ranges)
+    programs = planned_programs(spec)
+    held = {
+        name: slabs[name] if name in slabs else _held(name, one, ranges) for name, one in programs.items()
+    }
+    for name, program in programs.items():
+        sizes = {axis: one.maximum for axis, one in held[name].items()}
+        check_elements(artifact / program.file, name, program, sizes, precision is not Precision.FP32)
     settings = PlanSettings(
         capabilities=devices, compatibility=compatibility, version_compatible=version_compatible, strip=strip,
         timing_cache=cache_folder() / f"{target}-{library.version}-sm{devices[0]}.timing",
@@ -88,15 +93,15 @@ def build_tensorrt(
     if folder is None:
         place.parent.mkdir(exist_ok=True)
     with atomic_folder(place, replace=replace) as temporary:
-        programs = {
-            name: _build(library, artifact, spec, name, _typed_as(name, precision, devices), ranges, settings,
-                         temporary, progress)
-            for name in names
+        built = {
+            name: _build(library, artifact, spec, name, program, _typed_as(name, precision, devices), held[name],
+                         settings, temporary, progress)
+            for name, program in programs.items()
         }  # fmt: skip
         manifest = PlanManifest(
             name=spec.name, target=target, version=library.version, artifact=sha256(artifact / MANIFEST),
             precision=precision, capabilities=devices, gpu=gpu, compatibility=compatibility,
-            version_compatible=version_compatible, programs=programs,
+            version_compatible=version_compatible, programs=built,
             batch=None if batch is None else f"{batch[0]}:{batch[1]}", size=None if size is None else as_text(size),
         )  # fmt: skip
         (temporary / PLANS).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -177,38 +182,43 @@ def _typed_as(name: ProgramName, precision: Precision, devices: Sequence[int]) -
     return Precision.FP32 if name == "schedule" and TURING not in devices else precision
 
 
-def _ranges(name: ProgramName, ranges: Mapping[str, Range]) -> dict[str, Range]:
-    return one_by_one(ranges) if name in ("decode", "encode") else dict(ranges)
+def _held(name: ProgramName, program: ProgramSpec, ranges: Mapping[str, Range]) -> dict[str, Range]:
+    """Those of the program's own axes."""
+    named = {size for tensor in program.inputs for size in tensor.shape if isinstance(size, str)}
+    sizes = one_by_one(ranges) if name in ("decode", "encode") else ranges
+    return {axis: one for axis, one in sizes.items() if axis in named}
 
 
 def _build(
-    library: Library, artifact: Path, spec: ArtifactSpec, name: ProgramName, precision: Precision,
-    ranges: Mapping[str, Range], settings: PlanSettings, folder: Path, progress: Progress,
+    library: Library, artifact: Path, spec: ArtifactSpec, name: ProgramName, program: ProgramSpec,
+    precision: Precision, held: dict[str, Range], settings: PlanSettings, folder: Path, progress: Progress,
 ) -> PlanFile:  # fmt: skip
-    program = spec.programs[name]
     source = artifact / program.file
-    named = {size for tensor in program.inputs for size in tensor.shape if isinstance(size, str)}
-    held = {axis: one for axis, one in _ranges(name, ranges).items() if axis in named}
     weights: tuple[Weight, ...] = ()
     progress(name, "types", 0, 1)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         path = source
+        model = onnx_ir.load(source)
+        typed(model, precision)
+        constants = (one.const_value for one in model.graph.initializers.values())
+        weight_bytes = sum(0 if one is None else one.nbytes for one in constants)
         if precision is not Precision.FP32 or settings.strip:
             path = Path(scratch) / source.name
-            model = onnx_ir.load(source)
-            typed(model, precision)
             if settings.strip:
                 weights = write_skeleton(model, path)
             else:
                 # Without weights of 2 GB in one protocol buffer, which ends there.
                 onnx_ir.save(model, path, external_data=f"{path.name}.data")
-        plan = build_plan(library, path, program, held, settings, lambda *steps: progress(name, *steps))
+        plan, scratch_bytes = build_plan(
+            library, path, program, held, settings, lambda *steps: progress(name, *steps)
+        )
         skeleton = path.read_bytes() if settings.strip else None
     (folder / f"{name}.plan").write_bytes(plan)
     if skeleton is not None:
         (folder / f"{name}.onnx").write_bytes(skeleton)
     return PlanFile(
         file=f"{name}.plan", sha256=digest_of(plan).hexdigest(), bytes=len(plan), source=source_digest(spec, name),
-        ranges=held, skeleton=None if skeleton is None else f"{name}.onnx",
-        skeleton_sha256=None if skeleton is None else digest_of(skeleton).hexdigest(), weights=weights,
+        ranges=held, weight_bytes=weight_bytes, scratch_bytes=scratch_bytes, weights=weights,
+        skeleton=None if skeleton is None else f"{name}.onnx",
+        skeleton_sha256=None if skeleton is None else digest_of(skeleton).hexdigest(),
     )  # fmt: skip

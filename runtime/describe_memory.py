@@ -1,13 +1,18 @@
-"""What `volcast info --memory` says: the memory of an artifact's programs, foretold for engines on the CPU."""
+"""What `volcast info --memory` says: the memory of an artifact's programs, foretold without running them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from . import footprint_onnxruntime, footprint_openvino
+from .artifact import MANIFEST
+from .atomic import sha256
 from .host_memory import HostMemory
+from .memory_limit import MemoryLimit
+from .plan_memory import PlanMemory
+from .plans import PLANS, Target, read_plans
 from .sizes import latent_sizes
 from .spec import ArtifactSpec
 
@@ -20,17 +25,20 @@ def memory_rows(
 ) -> list[dict[str, Any]]:
     """Per engine and program: bytes held while it is open, and its peak; for slabs the least, or those within `limit`.
 
-    Bytes are beyond what the process and the engine's library take; `limit` holds for all together.
-    Raises ValueError for an engine whose memory is not foretold, a size that the artifact does not allow, a limit that
-    is too low.
+    Bytes are beyond what the process and the engine's library take; `limit` holds for all together. "auto" stands for
+    both engines on the CPU. Those of TensorRT's engines are on the device, as its builder told them.
+    Raises ValueError for an engine whose memory is not foretold, one without plans, a size that the artifact or a plan
+    does not allow, a limit that is too low.
     """
-    if engine not in ("auto", *ENGINES):
-        raise ValueError(f"[info] engine={engine}: memory is foretold for {' and '.join(ENGINES)}")
+    if engine not in ("auto", *ENGINES, *get_args(Target)):
+        raise ValueError(
+            f"[info] engine={engine}: memory is foretold for {', '.join(ENGINES)}, {' and '.join(get_args(Target))}"
+        )
     _, axes = latent_sizes(spec, size, "info")
     sizes = {"batch": batch, "steps": spec.scheduler.steps, **axes}
     rows: list[dict[str, Any]] = []
     for name in ENGINES if engine == "auto" else (engine,):
-        memory = HostMemory(folder, spec, ENGINES[name], limit)
+        memory = _memory(spec, folder, name, limit)
         for program in ("schedule", "prepare", "step", "decode"):
             if program in spec.programs:
                 found = memory.footprint(program, sizes)
@@ -49,6 +57,19 @@ def memory_rows(
             rows.append({"engine": name, "program": "decode within the limit", "held": 0, "peak": plan.peak,
                          "slabs": plan.slabs})  # fmt: skip
     return rows
+
+
+def _memory(spec: ArtifactSpec, folder: Path, engine: str, limit: int | None) -> MemoryLimit:
+    if engine in ENGINES:
+        return HostMemory(folder, spec, ENGINES[engine], limit)
+    digest = sha256(folder / MANIFEST)
+    for path in sorted((folder / "engines").glob(f"{engine}*/{PLANS}")):
+        plans = read_plans(path.parent)
+        if plans.target == engine and plans.artifact == digest:
+            return PlanMemory(folder, spec, path.parent, plans, limit)
+    raise ValueError(
+        f"[info] {folder} has no plans for {engine}; run `volcast build {folder} --target {engine}`"
+    )
 
 
 def memory_text(rows: Sequence[dict[str, Any]]) -> str:

@@ -14,6 +14,7 @@ from .spec import ArtifactSpec, ProgramSpec
 
 if TYPE_CHECKING:
     from .footprint import EngineMemory
+    from .memory_limit import MemoryLimit
     from .programs import Programs
     from .sampling import Sampler
 
@@ -57,6 +58,20 @@ class Engine(ABC):
         from .sampling import HostSampler  # which imports this module
 
         return HostSampler(spec, self, programs)
+
+    def limited(self, folder: Path, spec: ArtifactSpec, limit: int) -> MemoryLimit:
+        """What keeps a limit of so many bytes, on the host unless the engine has a device's memory.
+
+        Raises ValueError where its memory is not foretold.
+        """
+        from .host_memory import HostMemory
+
+        if self.memory is None:
+            raise ValueError(
+                f"[load] memory_limit: the memory of {self.name} is not foretold; use cuda, tensorrt, tensorrt-rtx, "
+                "openvino or onnxruntime"
+            )
+        return HostMemory(folder, spec, self.memory, limit)
 
 
 def shapes(program: ProgramSpec, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:

@@ -22,7 +22,7 @@ def open_engine(
     """The engine called `name`; `auto` takes the first of `INSTALL` that is installed.
 
     `threads` is 1..1024; None: the physical cores that this process may use. `memory_limit` goes to the engine "cuda",
-    which keeps it on the device; on the host a `Model` keeps it.
+    which keeps it on the device; with others a `Model` keeps it.
 
     Raises:
         ValueError: an unknown or missing engine, `threads` or `memory_limit` out of range, no usable GPU or library for
@@ -35,9 +35,9 @@ def open_engine(
     limit = None if memory_limit is None else parse_bytes("engine", memory_limit)
     if name == "cuda":
         return _cuda(limit)
-    if limit is not None and name not in ("auto", *INSTALL):
+    if limit is not None and name in PROVIDERS:
         raise ValueError(
-            f"[engine] memory_limit={memory_limit}: the engines cuda, {' and '.join(INSTALL)} keep one, not {name}"
+            f"[engine] memory_limit={memory_limit}: {name} keeps none: {PROVIDERS[name].unlimited}"
         )
     if name == "tensorrt" or name == "tensorrt-rtx":
         from .engine_tensorrt import TensorRtEngine

@@ -15,17 +15,18 @@ from volcast import _core
 from .captured import AHEAD, CapturedProgram, CapturedStep, Network
 from .engine import Arrays, Engine, Program
 from .gpu import local_gpu
-from .plans import ProgramName, Target
+from .ledger import Ledger
+from .memory_limit import MemoryLimit
+from .plan_memory import ONE_BY_ONE
+from .plans import Target
 from .programs import Programs, bind
 from .sampling import HostLoop, HostSampler, Loop, Sampler, Start
 from .spec import ArtifactSpec, ProgramSpec
 from .tensorrt_library import open_library
 from .tensorrt_model import TensorRtModel
 
-ONE_BY_ONE: tuple[ProgramName, ...] = ("decode", "encode")
-"""Their plans take one image: its bits do not depend on its batch, and the memory is that of one."""
 KEPT = 2
-"""Captured steps that stay; the least recently used goes first."""
+"""Captured steps that stay without a memory limit; the least recently used goes first."""
 
 
 @final
@@ -44,18 +45,24 @@ class TensorRtEngine(Engine):
         self._models: dict[Path, TensorRtModel] = {}
 
     def open(self, path: Path, program: ProgramSpec, sizes: Mapping[str, int]) -> Program:
-        model = self._model(path.parent)
+        model = self._model(path.parents[len(Path(program.file).parts) - 1])
         samples = sizes.get("batch", 1)
         if path.stem in ONE_BY_ONE and samples > 1:
             return OneByOne(self.open(path, program, {**sizes, "batch": 1}), samples)
-        return CapturedProgram(self._gpu.driver, model.network(path, program, sizes), path.stem)
+        opened = CapturedProgram(self._gpu.driver, model.network(path, program, sizes), path.stem)
+        model.ledger.enter(opened, opened.bytes)
+        return opened
 
     def sampler(self, folder: Path, spec: ArtifactSpec, programs: Programs) -> Sampler:
         model, step = self._model(folder), spec.programs["step"]
         loop = GraphLoop(
-            self._gpu.driver, step, programs, lambda sizes: model.network(folder / step.file, step, sizes)
-        )
-        return HostSampler(spec, self, programs, loop)
+            self._gpu.driver, step, programs, lambda sizes: model.network(folder / step.file, step, sizes),
+            model.ledger,
+        )  # fmt: skip
+        return HostSampler(spec, self, programs, loop, model.ledger)
+
+    def limited(self, folder: Path, spec: ArtifactSpec, limit: int) -> MemoryLimit:
+        return self._model(folder).memory(spec, limit)
 
     def _model(self, folder: Path) -> TensorRtModel:
         if folder not in self._models:
@@ -84,11 +91,13 @@ Opener = Callable[[Mapping[str, int]], Network]
 
 @final
 class GraphLoop(Loop):
-    """The loop as launches of one graph a step."""
+    """The loop as launches of one graph a step. Captured steps are entered in the ledger."""
 
-    def __init__(self, driver: _core.Driver, step: ProgramSpec, programs: Programs, network: Opener) -> None:
-        self._driver, self._step, self._network = driver, step, network
-        self._host = HostLoop(programs)
+    def __init__(
+        self, driver: _core.Driver, step: ProgramSpec, programs: Programs, network: Opener, ledger: Ledger
+    ) -> None:
+        self._driver, self._step, self._network, self._ledger = driver, step, network, ledger
+        self._programs, self._host = programs, HostLoop(programs)
         self._kept: OrderedDict[tuple[object, ...], CapturedStep | None] = OrderedDict()
 
     def run(self, start: Start, after: Callable[[int, int], None], shows: bool) -> float:
@@ -114,9 +123,18 @@ class GraphLoop(Loop):
         guided = start.guidance is not None
         key = (guided, *sorted(shapes.items()))
         if key not in self._kept:
-            while len(self._kept) >= KEPT:
+            limited = self._programs.memory is not None
+            if limited:
+                self._programs.close("decode")  # which may be of another size
+                self._programs.captured.clear()
+            while len(self._kept) >= (1 if limited else KEPT):
                 self._kept.popitem(last=False)
-            network = self._network(bind("step", self._step, shapes))
-            self._kept[key] = CapturedStep(self._driver, network, guided) if network.capturable else None
+            sizes = bind("step", self._step, shapes)
+            network = self._network(sizes)
+            captured = CapturedStep(self._driver, network, guided) if network.capturable else None
+            self._kept[key] = captured
+            if captured is not None:
+                self._ledger.enter(captured, captured.bytes)
+                self._programs.captured += [("step", sizes)] if limited else []
         self._kept.move_to_end(key)
         return self._kept[key]

@@ -18,6 +18,7 @@ class Provider:
         plugin: the package that brings it to any ONNX Runtime (a plug-in provider); None: only builds of ONNX Runtime
             that have it inside.
         install: how to get it.
+        unlimited: why no memory limit can be kept on it, and which engine keeps one on the same device.
         options: its settings, for results in float32.
         has_norms: whether it takes GroupNormalization in one piece. Where not, ONNX Runtime puts elementary operators in
             its place, whose sizes must be constants first: what computes with sizes belongs to the CPU.
@@ -26,6 +27,7 @@ class Provider:
     name: str
     device: Literal["CPU", "GPU"]
     install: str
+    unlimited: str
     plugin: str | None = None
     options: tuple[tuple[str, str], ...] = ()
     has_norms: bool = True
@@ -42,28 +44,36 @@ class Provider:
 
 # Builds of ONNX Runtime share one module: two side by side overwrite each other's files.
 _GPU_BUILD = "pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'"
+_BUILDS = "it builds its engines when a program is opened, and does not tell what they take"
 
 PROVIDERS = {
     "onnxruntime-cuda": Provider(
         name="CUDAExecutionProvider",
         device="GPU",
         install=_GPU_BUILD,
+        unlimited="cuDNN's workspaces are known when they are taken, and where its arena ends (gpu_mem_limit) a decode fails "
+        "after the sampling; use --engine cuda",
         options=(("use_tf32", "0"),),
         has_norms=False,
     ),
     "onnxruntime-tensorrt": Provider(
-        name="TensorrtExecutionProvider", device="GPU", install=f"{_GPU_BUILD} tensorrt"
+        name="TensorrtExecutionProvider",
+        device="GPU",
+        install=f"{_GPU_BUILD} tensorrt",
+        unlimited=f"{_BUILDS}; use --engine tensorrt",
     ),
     "onnxruntime-tensorrt-rtx": Provider(
         name="NvTensorRTRTXExecutionProvider",
         device="GPU",
         install="pip install onnxruntime-ep-nv-tensorrt-rtx-cu13",
+        unlimited=f"{_BUILDS}; use --engine tensorrt-rtx",
         plugin="onnxruntime_ep_nv_tensorrt_rtx",
     ),
     "onnxruntime-openvino": Provider(
         name="OpenVINOExecutionProvider",
         device="CPU",
         install="pip install onnxruntime-ep-openvino",
+        unlimited="what OpenVINO takes inside of ONNX Runtime is not foretold; use --engine openvino",
         plugin="onnxruntime_ep_openvino",
     ),
 }

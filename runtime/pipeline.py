@@ -50,9 +50,9 @@ def load(
         engine: a name of `EngineName`, "auto" the fastest CPU engine installed (`Model.engine` tells which),
             or an engine of your own making.
         threads: 1..1024; None: one a physical core.
-        memory_limit: bytes, or a text such as "2GiB": with "cuda" what it may take on the device, else the process's
-            resident memory while it samples. A decode that does not fit is done in slabs, exactly. None: no limit, and
-            on a device what is free.
+        memory_limit: bytes, or a text such as "2GiB": with "cuda", "tensorrt" and "tensorrt-rtx" what they may take on
+            the device, else the process's resident memory while it samples. A decode that does not fit is done in slabs,
+            exactly. None: no limit, and on a device what is free.
         active: samples of `submit` that take turns.
         queue: how many more of them may wait.
 
@@ -78,12 +78,12 @@ class Model:
         self, folder: Path, spec: ArtifactSpec, engine: Engine, memory_limit: int | None = None, *,
         active: int = 64, queue: int = 256,
     ) -> None:  # fmt: skip
-        """`memory_limit`: bytes on the host (`HostMemory`); `active` and `queue` as `load` says."""
+        """`memory_limit`: bytes, which the engine keeps (`Engine.limited`); `active` and `queue` as `load` says."""
         self.spec = spec
         self.engine = engine
         self._folder = folder
         self._limits = {"active": active, "queue": queue}
-        self._memory = None if memory_limit is None else _kept(folder, spec, engine, memory_limit)
+        self._memory = None if memory_limit is None else engine.limited(folder, spec, memory_limit)
         self._programs = Programs(folder, spec, engine, self._memory)
         self._sampler = engine.sampler(folder, spec, self._programs)
         self._batching: Batching | None = None
@@ -161,6 +161,7 @@ class Model:
             ValueError: anything out of range, before any work (with an image: before the first step); while sampling,
                 values that are not finite.
         """
+        self._check_alone("sample")
         job, x0, frame = self._job(self.encode, seed, n, batch, condition, size, image, settings)
         every = self._every(preview_every) if on_preview is not None else 0
         watch = Watch(on_step=on_step, on_preview=on_preview, preview_every=every)
@@ -186,9 +187,12 @@ class Model:
 
         Samples that are under way share the network's calls step by step (csrc/batcher.hpp); `turns` says how. Safe
         from any thread, beside one that samples. Callbacks run on a thread of their own. End it all with `close`.
+        With a memory limit on the host every call has one sample, all calls but this one are refused from now on, and
+        a decode in slabs is the same to rounding; volumes that are kept are the caller's and not counted.
 
         Raises:
-            ValueError: anything out of range, before any work; `_core.Overloaded`: too many wait.
+            ValueError: anything out of range, no memory left for this size, before any work; `_core.Overloaded`: too
+                many wait.
         """
         number = whole(sample)
         if not isinstance(number, int) or not 0 <= number < 1_000_000:
@@ -196,12 +200,8 @@ class Model:
         with self._starting:
             if self._closed:
                 raise ValueError("[sample] the model is closed; load it again")
-            if self._memory is not None:
-                raise ValueError(
-                    "[sample] memory_limit: submit keeps none on the host; load without, or call sample"
-                )
             if self._batching is None:
-                self._batching = Batching(self._folder, self.spec, self.engine, **self._limits)
+                self._batching = self._start()
             batching = self._batching
         job, x0, frame = self._job(batching.encode, seed, number + 1, 1, condition, size, image, settings)
         every = self._every(preview_every) if on_preview is not None else 0
@@ -209,11 +209,28 @@ class Model:
             job, number, turns=turns, x0=x0, frame=frame, on_step=on_step, on_preview=on_preview, preview_every=every
         )  # fmt: skip
 
+    def _start(self) -> Batching:
+        memory = self._memory
+        if memory is not None and not isinstance(memory, HostMemory):
+            raise ValueError(
+                f"[sample] memory_limit: submit keeps none on the device of {self.engine.name}; load without, or call sample"
+            )
+        for name in self.spec.programs if memory is not None else ():
+            self._programs.close(name)
+        return Batching(self._folder, self.spec, self.engine, memory, **self._limits)
+
+    def _check_alone(self, operation: str) -> None:
+        if self._memory is not None and self._batching is not None:
+            raise ValueError(
+                f"[{operation}] memory_limit: submit has all of it; call submit, or load the model once more"
+            )
+
     def decode(self, z: NDArray[np.generic]) -> NDArray[np.float32]:
         """Images `[N, 1, D, H, W]` of latents `z` `[N, C, D', H', W']` or `[C, D', H', W']` as the loop yields them.
 
         The division by the scale factor happens here. A model without `decode` works on images: z comes back.
         """
+        self._check_alone("decode")
         return autoencoder.decode(self.spec, self._programs, z)
 
     def encode(self, image: Volume | NDArray[np.generic]) -> NDArray[np.float32]:
@@ -222,6 +239,7 @@ class Model:
         The inverse of `decode` up to the autoencoder's loss; the mean and not a draw, so that one image has one
         latent. A model without `decode` works on images: the image comes back.
         """
+        self._check_alone("encode")
         return autoencoder.encode(self.spec, self._programs, image)
 
     def _job(
@@ -279,11 +297,3 @@ def _frame(image: Any, condition: Condition | Sequence[Condition] | None) -> Fra
     if any((affine != frames[0][0]).any() for affine, _ in frames):
         raise ValueError("[sample] the conditions lie in different places (affine): sample them one by one")
     return frames[0] if frames else None
-
-
-def _kept(folder: Path, spec: ArtifactSpec, engine: Engine, limit: int) -> HostMemory:
-    if engine.memory is None:
-        raise ValueError(
-            f"[load] memory_limit: the memory of {engine.name} is not foretold; use cuda, openvino or onnxruntime"
-        )
-    return HostMemory(folder, spec, engine.memory, limit)

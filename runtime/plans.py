@@ -1,6 +1,6 @@
 """The manifest of TensorRT plans: what `volcast build --target tensorrt|tensorrt-rtx` writes and the engines read.
 
-A folder holds `plans.json` and one plan for each program. A plan is executable content: nothing of it is handed to a
+A folder holds `plans.json` and one plan for each program, the decoder's segments for slabs included. A plan is executable content: nothing of it is handed to a
 library before its digest, its origin and the GPU have been checked.
 """
 
@@ -20,7 +20,11 @@ PLANS = "plans.json"
 PLAN_FORMAT = 1
 Target = Literal["tensorrt", "tensorrt-rtx"]
 Compatibility = Literal["none", "same-capability", "ampere-plus"]
-ProgramName = Literal["schedule", "prepare", "step", "decode", "encode"]
+ProgramName = Annotated[str, Field(pattern=r"^(schedule|prepare|step|encode|decode(_[0-9]{2,4})?)$")]
+"""Of a program, or of a segment of `decode`: `decode_07`."""
+_ORDER: tuple[Literal["schedule", "prepare", "step", "decode", "encode"], ...] = (
+    "schedule", "prepare", "step", "decode", "encode",
+)  # fmt: skip
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Version = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+){1,4}$")]
 Capability = Annotated[int, Field(ge=50, le=999)]
@@ -56,15 +60,18 @@ class Weight(Frozen):
 class PlanFile(Frozen):
     """One program's plan. `source` is the sha256 of its ONNX file; `ranges` are by the axis' name.
 
-    `skeleton`, of a stripped plan: the typed ONNX program, whose `weights` lie in the artifact.
+    `weight_bytes` and, between its layers at the largest sizes, `scratch_bytes` are what it takes on the device; None:
+    the library did not tell. `skeleton`, of a stripped plan: the typed ONNX program, whose `weights` lie in the artifact.
     """
 
-    file: Annotated[str, Field(pattern=r"^[a-z]+\.plan$")]
+    file: Annotated[str, Field(pattern=r"^[a-z]+(_[0-9]+)?\.plan$")]
     sha256: Digest
     bytes: PositiveInt
     source: Digest
     ranges: dict[Identifier, Range]
-    skeleton: Annotated[str, Field(pattern=r"^[a-z]+\.onnx$")] | None = None
+    weight_bytes: Annotated[int, Field(ge=0)]
+    scratch_bytes: Annotated[int, Field(ge=0)] | None = None
+    skeleton: Annotated[str, Field(pattern=r"^[a-z]+(_[0-9]+)?\.onnx$")] | None = None
     skeleton_sha256: Digest | None = None
     weights: tuple[Weight, ...] = ()
 
@@ -158,12 +165,17 @@ def check_plans(folder: Path, plans: PlanManifest, host: Host, artifact: str) ->
         raise ValueError(f"[plans] {folder} was built on {plans.gpu}, {here}; {again} here")
 
 
+def find_plan(folder: Path, plans: PlanManifest, name: ProgramName) -> PlanFile:
+    """The description of one plan; ValueError where there is none."""
+    if name not in plans.programs:
+        raise ValueError(f"[plans] {folder} holds no {name}; run {plans.command()}")
+    return plans.programs[name]
+
+
 def read_plan(folder: Path, plans: PlanManifest, name: ProgramName, source: str) -> bytes:
     """The bytes of one plan, whole and of the ONNX file whose sha256 is `source`; ValueError for others."""
     again = f"run {plans.command()}"
-    if name not in plans.programs:
-        raise ValueError(f"[plans] {folder} holds no {name}; {again}")
-    plan = plans.programs[name]
+    plan = find_plan(folder, plans, name)
     if plan.source != source:
         raise ValueError(f"[plans] {folder / plan.file} was built from another {name}.onnx; {again}")
     return _checked(folder / plan.file, plan.sha256, plan.bytes, again)
@@ -204,9 +216,19 @@ def inputs_ranges(
     }
 
 
+def planned_programs(spec: ArtifactSpec) -> dict[ProgramName, ProgramSpec]:
+    """What becomes a plan: the artifact's programs, and the segments of its decoder."""
+    programs: dict[ProgramName, ProgramSpec] = {
+        name: spec.programs[name] for name in _ORDER if name in spec.programs
+    }
+    for segment in () if spec.slabs is None else spec.slabs.segments:
+        programs[Path(segment.program.file).stem] = segment.program
+    return programs
+
+
 def source_digest(spec: ArtifactSpec, name: ProgramName) -> str:
     """The sha256 of a program's ONNX file, which `read_artifact` has checked."""
-    return spec.files[spec.programs[name].file]
+    return spec.files[planned_programs(spec)[name].file]
 
 
 def _version_fits(plans: PlanManifest, version: str) -> bool:

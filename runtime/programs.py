@@ -31,6 +31,7 @@ class Programs:
     Attributes:
         open_seconds: the time that opening has taken so far.
         memory: what keeps a limit; one shape of each program stays open then.
+        captured: steps that a loop of an engine's own keeps open, with their sizes.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Programs:
         self._spec = spec
         self._open: dict[ProgramName, OrderedDict[tuple[tuple[str, int], ...], Program]] = {}
         self.open_seconds = 0.0
+        self.captured: list[Opened] = []
 
     def describe(self, name: ProgramName) -> ProgramSpec:
         """The manifest's description of a program (ValueError: the artifact lacks it)."""
@@ -80,11 +82,11 @@ class Programs:
 
     def opened(self) -> list[Opened]:
         """What is open but `decode` and `encode`, by name, with its sizes."""
-        return [
+        return [*self.captured, *(
             (name, dict(key))
             for name, kept in self._open.items() if name not in ("decode", "encode")
             for key in kept
-        ]  # fmt: skip
+        )]  # fmt: skip
 
     def close(self, name: ProgramName) -> None:
         """Close every shape of a program."""

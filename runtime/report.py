@@ -17,8 +17,9 @@ class Report:
     `open_seconds` is what opening engines took (0 when they were open); the other times do not hold it.
     `network_seconds` is the part of `loop_seconds` inside the step program. `peak_bytes` is the peak of the process's
     resident memory during the batch, or since the process began where that cannot be told (`peak_of_process`).
-    `predicted_bytes`: with a memory limit on the host, the peak as it was predicted. `decode_slabs`: in how many slabs each
-    image was decoded, over all passes; 0: whole. `device_bytes`: what the engine reserved on a device of its own: weights, arenas and the sampler's state.
+    `predicted_bytes`: with a memory limit, the peak as it was predicted: the process's, on TensorRT's engines the device's.
+    `decode_slabs`: in how many slabs each image was decoded, over all passes; 0: whole. `device_bytes`: what the engine
+    reserved on a device of its own: weights, arenas and the sampler's state.
     """
 
     engine: str

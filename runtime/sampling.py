@@ -16,6 +16,7 @@ from .autoencoder import decode, decode_plan
 from .denoiser import Denoiser, step_inputs
 from .engine import Engine
 from .job import Job, stack
+from .ledger import Ledger
 from .memory import PeakMemory
 from .memory_limit import job_sizes
 from .programs import Programs
@@ -110,15 +111,21 @@ class HostLoop(Loop):
 
 @final
 class HostSampler(Sampler):
-    """Batch by batch, with programs that an engine runs. `loop`: left out, the one on the host."""
+    """Batch by batch, with programs that an engine runs. `loop`: left out, the one on the host. `ledger`: of a device."""
 
     def __init__(
-        self, spec: ArtifactSpec, engine: Engine, programs: Programs, loop: Loop | None = None
+        self,
+        spec: ArtifactSpec,
+        engine: Engine,
+        programs: Programs,
+        loop: Loop | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         self._spec = spec
         self._engine = engine
         self._programs = programs
         self._loop = HostLoop(programs) if loop is None else loop
+        self._ledger = ledger
 
     def run(
         self, job: Job, parts: Sequence[range], x0: NDArray[np.float32] | None, watch: Watch
@@ -138,6 +145,8 @@ class HostSampler(Sampler):
         limited = programs.memory
         predicted = 0 if limited is None else limited.check(job_sizes(spec, job, len(part)))
         memory = PeakMemory()
+        if self._ledger is not None:
+            self._ledger.restart()
         time = Stopwatch(programs)
         rows = schedule_rows(programs, job)
         schedule_seconds = time.lap()
@@ -185,6 +194,7 @@ class HostSampler(Sampler):
             peak_of_process=memory.since_start_of_process,
             predicted_bytes=predicted,
             decode_slabs=slabs,
+            device_bytes=0 if self._ledger is None else self._ledger.peak,
         )
 
 

@@ -24,6 +24,8 @@ MODULES: dict[Target, tuple[str, ...]] = {
     "tensorrt": ("tensorrt", "tensorrt_bindings"),
     "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),
 }
+ACTIVATION = "Total Activation Memory: "
+"""So a builder's log begins the line with the bytes between a plan's layers."""
 OLDEST = {"tensorrt": (10, 12), "tensorrt-rtx": (1, 2)}
 
 
@@ -58,6 +60,10 @@ class Library(ABC):
     @abstractmethod
     def keep_timing_cache(self, config: Any, path: Path) -> None:
         """Write what the builder has timed to `path`."""
+
+    @abstractmethod
+    def scratch_bytes(self, plan: bytes, host_code: bool) -> int | None:
+        """What a plan that was just built takes between its layers at its largest sizes; None: the library is silent."""
 
     @abstractmethod
     def context(self, engine: Any, cache: Path) -> Any:
@@ -121,6 +127,9 @@ class TensorRt(Library):
     def keep_timing_cache(self, config: Any, path: Path) -> None:
         _keep(config.get_timing_cache().serialize(), path)
 
+    def scratch_bytes(self, plan: bytes, host_code: bool) -> int | None:
+        return int(self.deserialize(plan, host_code)[1].device_memory_size_v2)  # the GPU is here
+
     def context(self, engine: Any, cache: Path) -> Any:
         return engine.create_execution_context(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
 
@@ -155,6 +164,10 @@ class TensorRtRtx(Library):
 
     def keep_timing_cache(self, config: Any, path: Path) -> None:
         pass
+
+    def scratch_bytes(self, plan: bytes, host_code: bool) -> int | None:
+        told: int | None = self.log.activation()  # its engine could tell, but loads on its GPU alone
+        return told
 
     def context(self, engine: Any, cache: Path) -> Any:
         settings = engine.create_runtime_config()
@@ -207,22 +220,31 @@ def _keep(content: Any, path: Path) -> None:
 
 
 def _make_log(trt: Any) -> Any:
-    """A logger that keeps the errors, for one line of our own, and prints nothing."""
+    """A logger that keeps the errors, for one line of our own, and what a builder says of memory. It prints nothing."""
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self._lock = threading.Lock()
             self._errors: list[str] = []
+            self._activation: int | None = None
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
                 with self._lock:
                     self._errors.append(" ".join(message.split()))
+            elif message.startswith(ACTIVATION):
+                with self._lock:
+                    self._activation = int(message.removeprefix(ACTIVATION).split()[0])
 
         def clear(self) -> None:
             with self._lock:
                 self._errors.clear()
+                self._activation = None
+
+        def activation(self) -> int | None:
+            with self._lock:
+                return self._activation
 
         def reason(self) -> str:
             with self._lock:

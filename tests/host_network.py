@@ -13,24 +13,31 @@ from volcast import _core
 from volcast.runtime.captured import CapturedProgram, Network, Tensor
 from volcast.runtime.engine import Engine, Program, shapes
 from volcast.runtime.engine_tensorrt import GraphLoop
+from volcast.runtime.ledger import Ledger
 from volcast.runtime.programs import Programs
 from volcast.runtime.sampling import HostSampler, Sampler
 from volcast.runtime.spec import ArtifactSpec, ProgramSpec
 
 
 class OrtNetwork(Network):
-    """`runs` counts its runs."""
+    """`runs` counts its runs. It takes `scratch` bytes of the device, of which it makes nothing."""
 
     capturable = True
-    bytes = 0
 
     def __init__(
-        self, driver: _core.Driver, path: Path, program: ProgramSpec, sizes: Mapping[str, int]
+        self,
+        driver: _core.Driver,
+        path: Path,
+        program: ProgramSpec,
+        sizes: Mapping[str, int],
+        scratch: int = 0,
     ) -> None:
+        self.bytes = scratch
+        self._scratch = _core.DeviceMemory(driver, max(scratch, 1))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        self._driver, self._kept, self.runs = driver, [], 0
+        self._driver, self._kept, self._runs = driver, [], [0]
         given = shapes(program, sizes)
         self.inputs = {t.name: Tensor(shape=given[t.name], dtype=t.dtype) for t in program.inputs}
         zeros = {name: np.zeros(tensor.shape, tensor.dtype) for name, tensor in self.inputs.items()}
@@ -38,13 +45,18 @@ class OrtNetwork(Network):
         outputs = zip(names, self._session.run(names, zeros), strict=True)
         self.outputs = {name: Tensor(shape=y.shape, dtype=y.dtype.name) for name, y in outputs}
 
+    @property
+    def runs(self) -> int:
+        return self._runs[0]
+
     def enqueue(self, addresses: Mapping[str, int], stream: _core.Stream) -> None:
         given = {name: at(addresses[name], tensor) for name, tensor in self.inputs.items()}
         made = {name: at(addresses[name], tensor) for name, tensor in self.outputs.items()}
+        session, runs = self._session, self._runs  # not self, which keeps the function
 
         def run() -> None:
-            self.runs += 1
-            for name, value in zip(made, self._session.run(list(made), given), strict=True):
+            runs[0] += 1
+            for name, value in zip(made, session.run(list(made), given), strict=True):
                 made[name][...] = value
 
         graph = _core.HostGraph(self._driver, run)
@@ -78,5 +90,6 @@ class HostEngine(Engine):
             step,
             programs,
             lambda sizes: OrtNetwork(self.driver, folder / step.file, step, sizes),
+            Ledger(),
         )
         return HostSampler(spec, self, programs, loop)

@@ -36,11 +36,25 @@ def test_a_missing_provider_says_how_to_get_it(name: str) -> None:
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("name", PROVIDERS)
+def test_a_memory_limit_is_refused_with_the_engine_that_keeps_one(name: str) -> None:
+    other = {
+        "onnxruntime-cuda": "cuda",
+        "onnxruntime-tensorrt": "tensorrt",
+        "onnxruntime-tensorrt-rtx": "tensorrt-rtx",
+    }
+    with pytest.raises(
+        ValueError,
+        match=rf"^\[engine\] memory_limit=2GiB: {name} keeps none: .*; use --engine {other.get(name, 'openvino')}$",
+    ):
+        open_engine(name, 1, "2GiB")
+
+
 def test_a_provider_that_cannot_take_a_network_is_refused(
     gaussian: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Azure's provider runs calls to its service alone: everything else would go to the CPU."""
-    azure = Provider(name="AzureExecutionProvider", device="GPU", install="")
+    azure = Provider(name="AzureExecutionProvider", device="GPU", install="", unlimited="")
     if azure.name not in onnxruntime.get_available_providers():
         pytest.skip("this ONNX Runtime has no provider that takes nothing")
     monkeypatch.setitem(engine_onnxruntime.PROVIDERS, "onnxruntime-azure", azure)

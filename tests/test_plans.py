@@ -29,6 +29,7 @@ HERE = {"target": "tensorrt-rtx", "version": "1.7.1.116", "gpu": "RTX A", "capab
 def content(**changes: Any) -> dict[str, Any]:
     step = {
         "file": "step.plan", "sha256": sha256(PLAN).hexdigest(), "bytes": len(PLAN), "source": SOURCE,
+        "weight_bytes": 100,
         "ranges": {"batch": {"minimum": 1, "optimum": 1, "maximum": 8}, "d0": {"minimum": 8, "optimum": 8, "maximum": 8},
                    "steps": {"minimum": 1, "optimum": 50, "maximum": 1000}},
     }  # fmt: skip

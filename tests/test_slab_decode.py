@@ -109,5 +109,3 @@ def test_two_samples_and_a_limit_that_is_too_low(default_artifact_folder: Path) 
     with pytest.raises(ValueError, match=r"memory_limit=1: .* needs at least \d+ bytes"):
         model.sample_many(1)
     assert whole.shape == (2, 1, 32, 32, 32)
-    with pytest.raises(ValueError, match="openvino and onnxruntime keep one, not tensorrt"):
-        open_engine("tensorrt", None, "1GiB")
