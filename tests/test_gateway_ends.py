@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import gzip
 import signal
 import ssl
 import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import numpy as np
 import pytest
 from gateways import EVENTS, GENERATE, LONG, counted, events, gateway, until
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from served import Served
 
 from volcast.runtime.pipeline import load
@@ -21,6 +25,7 @@ from volcast.runtime.volume import read_nifti
 from volcast.triton_repo.gateway import drain
 from volcast.triton_repo.gateway.server import Gateway
 from volcast.triton_repo.gateway.settings import Listening
+from volcast.triton_repo.gateway.tracing import tracing_from_environment
 
 
 def follow(client: httpx.Client, body: dict[str, Any], begun: threading.Event) -> list[tuple[str, Any]]:
@@ -142,6 +147,47 @@ def test_tls_by_configuration(gaussian: Path, served: Served, tmp_path: Path) ->
         ),
     ):
         pass
+
+
+class Collector(BaseHTTPRequestHandler):
+    """Takes OTLP over HTTP."""
+
+    spans: ClassVar[list[Span]] = []
+
+    def do_POST(self) -> None:
+        content = self.rfile.read(int(self.headers["content-length"]))
+        if self.headers.get("content-encoding") == "gzip":
+            content = gzip.decompress(content)
+        for resource in ExportTraceServiceRequest.FromString(content).resource_spans:
+            self.spans.extend(span for scope in resource.scope_spans for span in scope.spans)
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_every_request_is_a_span(gaussian: Path, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tracing_from_environment() is None
+    with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        with (
+            gateway(gaussian, served, tracing=tracing_from_environment()) as running,
+            httpx.Client(base_url=running.url, timeout=60) as client,
+        ):
+            parent = {"traceparent": f"00-{'a1' * 16}-{'b2' * 8}-01", "x-request-id": "mine"}
+            assert client.post(GENERATE, json={"steps": 3, "seed": 9}, headers=parent).status_code == 200
+            assert client.post(GENERATE, json={"steps": 0}).status_code == 400
+        server.shutdown()  # the gateway has sent all before it ended
+    done, refused = sorted(Collector.spans, key=lambda span: span.start_time_unix_nano)
+    assert done.name == "POST /v1/models/{model}/generate" and done.trace_id.hex() == "a1" * 16
+    assert done.parent_span_id.hex() == "b2" * 8 and done.end_time_unix_nano > done.start_time_unix_nano
+    told = {one.key: one.value for one in done.attributes}
+    assert told["volcast.request_id"].string_value == "mine" and told["volcast.seed"].string_value == "9"
+    assert told["volcast.steps"].int_value == 3 and told["volcast.volumes"].int_value == 1
+    assert told["http.response.status_code"].int_value == 200 and not done.status.code
+    assert refused.status.code == Status.STATUS_CODE_ERROR and refused.status.message == "invalid"
 
 
 def test_a_port_in_use_is_named(gaussian: Path, served: Served) -> None:

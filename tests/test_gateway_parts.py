@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from volcast.__main__ import app
 from volcast.runtime.artifact import read_artifact
 from volcast.runtime.interface import read_request
 from volcast.runtime.pipeline import load
@@ -149,6 +150,17 @@ def test_nobody_listens_to_the_world_without_keys() -> None:
         Limits(rate=0)
     with pytest.raises(ValueError, match="rate=nan"):
         Limits(rate=math.nan)
+
+
+def test_serve_refuses_before_it_starts_anything(gaussian: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for more, message in [
+        (["--host", "0.0.0.0"], "without keys"),
+        (["--keys", str(gaussian / "none")], "cannot read it"),
+        (["--rate", "0"], "rate=0"),
+        (["--tls-cert", "a.pem"], "TLS needs both"),
+    ]:
+        assert app(["serve", str(gaussian), *more]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_the_shape_of_a_volume_is_foretold(spec: ArtifactSpec, gaussian: Path) -> None:

@@ -60,6 +60,7 @@ def serve(
     from .gateway.log import log_to_stderr
     from .gateway.server import Gateway, check_exposure
     from .gateway.settings import Limits, Listening
+    from .gateway.tracing import tracing_from_environment
     from .installation import find_installation
     from .supervisor import Ports, Supervisor
 
@@ -79,7 +80,7 @@ def serve(
     log_to_stderr()
     application = Application(
         spec, name, grpc=f"127.0.0.1:{grpc_port}", triton_metrics=f"127.0.0.1:{metrics_port}", keys=known,
-        limits=limits, hosts=None if known or insecure else LOOPBACK,
+        limits=limits, hosts=None if known or insecure else LOOPBACK, tracing=tracing_from_environment(),
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="volcast-serve-") as scratch:
         installation = find_installation(Path(scratch), tritonserver)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ from .refusal import Refusal, as_json
 from .schema import body_schema
 from .settings import Limits, Timing
 from .store import VolumeStore
+from .tracing import Tracing
 from .upstream import Upstream
 
 PAGE = Path(__file__).parent.parent / "page"
@@ -46,6 +48,7 @@ class Application:
     def __init__(
         self, spec: ArtifactSpec, name: str, *, grpc: str, triton_metrics: str | None, keys: Keys = OPEN,
         limits: Limits = DEFAULT, timing: Timing = TIMING, hosts: frozenset[str] | None = LOOPBACK,
+        tracing: Tracing | None = None,
     ) -> None:  # fmt: skip
         """`grpc`, `triton_metrics`: hosts and ports; `hosts`: as `Front` takes them."""
         self.drain, self.store = Drain(), VolumeStore(limits.store_bytes, limits.store_s)
@@ -77,7 +80,7 @@ class Application:
             lifespan=self._lifespan,
         )
         self._page = page
-        self._front = Front(router, keys, self.metrics, hosts)
+        self._front, self._tracing = Front(router, keys, self.metrics, hosts, tracing), tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Routes raise what is not found, for `Front` to tell, if they know of an application.
@@ -89,6 +92,8 @@ class Application:
             yield
         finally:
             await self.upstream.close()
+            if self._tracing is not None:
+                await asyncio.to_thread(self._tracing.close)
 
     async def _index(self, request: Request) -> Response:
         return await self._page.get_response("index.html", request.scope)

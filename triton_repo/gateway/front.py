@@ -16,6 +16,7 @@ from .keys import Keys
 from .log import LOGGER
 from .metrics import Metrics
 from .refusal import INTERNAL, STATUS, Refusal, as_json
+from .tracing import Tracing
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _POLICY = (
@@ -32,10 +33,17 @@ _HEADERS = {
 class Front:
     """An ASGI application around another one."""
 
-    def __init__(self, app: ASGIApp, keys: Keys, metrics: Metrics, hosts: frozenset[str] | None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Keys,
+        metrics: Metrics,
+        hosts: frozenset[str] | None,
+        tracing: Tracing | None,
+    ) -> None:
         """`hosts`: names by which a gateway without keys may be asked, or a page of someone else's could ask it through
         a name of its own; None: any."""
-        self._app, self._keys, self._metrics, self._hosts = app, keys, metrics, hosts
+        self._app, self._keys, self._metrics, self._hosts, self._tracing = app, keys, metrics, hosts, tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -46,7 +54,7 @@ class Front:
         state = scope.setdefault("state", {})
         state["request_id"] = given if _ID.fullmatch(given) else uuid.uuid4().hex
         state["log"] = {}
-        began, status = time.perf_counter(), 0
+        began, began_ns, status = time.perf_counter(), time.time_ns(), 0
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -78,11 +86,8 @@ class Front:
                 state["log"]["code"] = refusal.code
                 if not status:
                     await _refuse(refusal, state["request_id"], answer, refused)
-            self._told(
-                scope,
-                499 if refusal is not None and refusal.code == "cancelled" else status,
-                time.perf_counter() - began,
-            )
+            gone = refusal is not None and refusal.code == "cancelled"
+            self._told(scope, STATUS["cancelled"] if gone else status, time.perf_counter() - began, began_ns)
 
     def _check_host(self, headers: Headers) -> None:
         host = headers.get("host", "").rpartition("@")[2]
@@ -92,7 +97,7 @@ class Front:
                 "invalid", "[gateway] Host: without keys only this machine's own names are answered"
             )
 
-    def _told(self, scope: Scope, status: int, seconds: float) -> None:
+    def _told(self, scope: Scope, status: int, seconds: float, began_ns: int) -> None:
         route = getattr(scope.get("route"), "path", "other")
         self._metrics.requests.labels(route=route, status=str(status)).inc()
         self._metrics.seconds.labels(route=route).observe(seconds)
@@ -101,6 +106,8 @@ class Front:
             "status": status, "seconds": round(seconds, 4), "key": scope["state"].get("caller"),
             **scope["state"]["log"],
         }  # fmt: skip
+        if self._tracing is not None:
+            self._tracing.record(Headers(scope=scope), route, began_ns, fields)
         quiet = route.startswith(("/health", "/metrics", "/page")) and status < 400
         LOGGER.log(logging.DEBUG if quiet else logging.INFO, "request", extra={"fields": fields})
 

@@ -137,7 +137,7 @@ class Generate:
     ) -> AsyncGenerator[tuple[str, int, dict[str, Array]], None]:
         """(kind, sample, tensors), each once also when the request had to be sent again. Raises `Refusal`."""
         began, told = time.perf_counter(), dict[tuple[str, int], int]()
-        request_id = request.scope["state"]["request_id"]
+        request_id, log = request.scope["state"]["request_id"], request.scope["state"]["log"]
         try:
             async with aclosing(self._upstream.answers(order.tensors)) as answers:
                 async for tensors in answers:
@@ -145,12 +145,15 @@ class Generate:
                     step = int(tensors["step"][0]) if "step" in tensors else 1
                     if step <= told.get((kind, sample), 0):
                         continue
+                    seconds = time.perf_counter() - began
                     if not told:
-                        self._metrics.first.observe(time.perf_counter() - began)
+                        self._metrics.first.observe(seconds)
+                        log["first_s"] = round(seconds, 4)
                     told[kind, sample] = step
                     if kind == "volume":
-                        self._metrics.volume.observe(time.perf_counter() - began)
+                        self._metrics.volume.observe(seconds)
                         self._readiness.seen()
+                        log["volumes"] = log.get("volumes", 0) + 1
                     yield kind, sample, tensors
         except Refusal as refusal:
             if refusal.code != "internal":
