@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -16,9 +17,11 @@ from numpy.typing import NDArray
 from volcast import _core
 
 from .autoencoder import decode, encode
+from .batch_memory import BatchMemory
 from .engine import Engine
+from .host_memory import HostMemory
 from .job import Job, stack
-from .lanes import LaneReport, open_lanes
+from .lanes import COUNTS, LaneReport, open_lanes
 from .programs import Programs
 from .request import OnStep
 from .sampling import Images, first_latent, prepared, schedule_rows
@@ -87,12 +90,19 @@ class Batching:
     """
 
     def __init__(
-        self, folder: Path, spec: ArtifactSpec, engine: Engine, *, active: int = 64, queue: int = 256
-    ) -> None:
-        """`active` samples take turns, `queue` more may wait; a further one raises `_core.Overloaded`."""
+        self, folder: Path, spec: ArtifactSpec, engine: Engine, memory: HostMemory | None = None, *,
+        active: int = 64, queue: int = 256,
+    ) -> None:  # fmt: skip
+        """`active` samples take turns, `queue` more may wait; a further one raises `_core.Overloaded`.
+
+        `memory` keeps a limit, and nothing else may open programs under it.
+        """
         self._spec = spec
+        self._room = None if memory is None else BatchMemory(memory, spec, active + queue)
         # Programs are not for two threads at once: one set each for who submits, the loop, and who answers.
-        self._host, self._loop, self._answer = (Programs(folder, spec, engine) for _ in range(3))
+        self._host, self._loop, self._answer = (
+            Programs(folder, spec, engine, one) for one in (memory, None, memory)
+        )
         self._batcher = _core.Batcher(active=active, queue=queue)
         self._groups: dict[Any, int] = {}
         self.lanes: dict[tuple[int, ...], list[LaneReport]] = {}
@@ -126,7 +136,11 @@ class Batching:
     def encode(self, image: Volume | Array) -> NDArray[np.float32]:
         """`Model.encode`, from any thread."""
         with self._submitting:
-            return encode(self._spec, self._host, image)
+            if self._room is None:
+                return encode(self._spec, self._host, image)
+            with self._room.decoding:
+                self._answer.close("decode")
+                return encode(self._spec, self._host, image)
 
     def submit(
         self,
@@ -147,6 +161,8 @@ class Batching:
         sampling = Sampling(self._batcher)
         part = range(sample, sample + 1)
         with self._submitting:
+            if self._room is not None:
+                self._room.admit(job)
             rows = schedule_rows(self._host, job)
             conditional = prepared(self._spec, self._host, stack(job.conditional, part))
             unconditional = (
@@ -172,7 +188,9 @@ class Batching:
     def _group(self, shape: tuple[int, ...], row: int, inputs: Mapping[str, Array]) -> int:
         key = (shape, row, tuple((name, value.shape, value.dtype.str) for name, value in inputs.items()))
         if key not in self._groups:
-            lanes, reports = open_lanes(self._loop, shape, row, inputs)
+            # Larger batches would take the memory of a program each.
+            counts = COUNTS if self._room is None else (1,)
+            lanes, reports = open_lanes(self._loop, shape, row, inputs, counts)
             self.lanes[shape] = reports
             self._groups[key] = self._batcher.add_group(lanes)
         return self._groups[key]
@@ -229,7 +247,8 @@ class Batching:
 
     def _decoded(self, event: _core.BatchEvent, one: _Open) -> Images:
         assert event.x is not None
-        return decode(self._spec, self._answer, event.x.reshape(1, *one.shape))
+        with contextlib.nullcontext() if self._room is None else self._room.decoding:
+            return decode(self._spec, self._answer, event.x.reshape(1, *one.shape))
 
     def _volume(self, event: _core.BatchEvent, one: _Open) -> Volume:
         image = self._decoded(event, one)[0]

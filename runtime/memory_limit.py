@@ -50,10 +50,12 @@ class MemoryLimit(ABC):
     Attributes:
         limit: bytes; None: no limit.
         base: bytes before the first program is opened.
+        taken: bytes that other threads take meanwhile (`BatchMemory`).
     """
 
     def __init__(self, spec: ArtifactSpec, limit: int | None, base: int) -> None:
         self._spec, self.limit, self.base = spec, limit, base
+        self.taken = 0
         self._plans: dict[tuple[str, int], DecodePlan] = {}
 
     @abstractmethod
@@ -87,13 +89,20 @@ class MemoryLimit(ABC):
             peak = max(peak, self.held(opened) + self.plan_decode(sizes, opened).peak)
         return self.base + peak
 
+    def check_decode(self, sizes: Sizes) -> None:
+        """Raise ValueError, with the least that would do, unless latents can be decoded beside what is taken."""
+        if "decode" in self._spec.programs:
+            self.plan_decode(sizes, ())
+        else:
+            self._within(self.held(()), f"step of {_shown(sizes)}")
+
     def check_encode(self, sizes: Sizes, opened: Iterable[Opened]) -> None:
         """Raise ValueError, with the least that would do, unless an image can be encoded beside what is open."""
         self._within(self.held(opened) + self.footprint("encode", sizes).peak, f"encode of {_shown(sizes)}")
 
     def held(self, opened: Iterable[Opened]) -> int:
-        """Bytes of programs that are open."""
-        return sum(self.footprint(*one).held for one in opened)
+        """Bytes of programs that are open, and what is taken besides."""
+        return self.taken + sum(self.footprint(*one).held for one in opened)
 
     def plan_decode(self, sizes: Sizes, opened: Iterable[Opened]) -> DecodePlan:
         """How `sizes["batch"]` latents are decoded beside programs that are open: whole where that fits, else in slabs.
