@@ -29,6 +29,7 @@ class Pulse:
         """`grpc`, `metrics`: ports on the loopback address."""
         self._server, self._model = server, model
         self._address, self._url = f"127.0.0.1:{grpc}", f"http://127.0.0.1:{metrics}/metrics"
+        self._children: set[int] = set()
         self._asked = 0.0
         self._ran: dict[int, int] = {}
 
@@ -38,25 +39,34 @@ class Pulse:
 
     def fault(self) -> str | None:
         """Why the model does not answer, None: it does, or may yet. Asks for `_ASK_S` at most."""
-        code = self._server.poll()
-        if code is not None:
-            return f"it ended with code {code}"
-        began, ran = time.monotonic(), self._cpu()
+        fault = self._lost()
+        if fault is not None:
+            return fault
+        began, ran = time.monotonic(), self._ticks()
         with Client(self._address, self._model) as client:
             try:
                 client.probe(_ASK_S)
             except TimeoutError as error:
-                return str(error) if self._hang(began, ran) else None
+                return str(error) if self._hangs(began, ran) else None
             except (ValueError, Unavailable, CancelledError) as error:
-                return str(error)
+                return self._lost() or str(error)
         self._asked = 0.0
+        self._children = self._children or _session(self._server.pid)
         return None
 
-    def _hang(self, began: float, ran: dict[int, int]) -> bool:
-        """Whether it is one that no probe since the first unanswered one was answered."""
+    def _lost(self) -> str | None:
+        """Which process is gone: with requests under way Triton does not tell that a model's is."""
+        code = self._server.poll()
+        if code is not None:
+            return f"it ended with code {code}"
+        gone = self._children - self._ticks().keys()
+        return f"its model's process {min(gone)} ended" if gone else None
+
+    def _hangs(self, began: float, ran: dict[int, int]) -> bool:
+        """Of a probe that was not answered since `began`: whether it is one that no later one would change."""
         if not self._asked:
             self._asked, self._ran = began, ran
-        waited, now = time.monotonic() - self._asked, self._cpu()
+        waited, now = time.monotonic() - self._asked, self._ticks()
         # A machine that is busy, or was itself stopped, lets every process run a little in a second probe's time.
         still = any(now.get(one) == ticks for one, ticks in self._ran.items())
         return waited > (STILL_S - 0.5 if still else HANG_S)
@@ -75,10 +85,11 @@ class Pulse:
 
             thread = threading.Thread(target=ask, name="volcast samples", daemon=True)
             thread.start()
-            while thread.is_alive() and not self.ended and not stopped():
+            while thread.is_alive() and self._lost() is None and not stopped():
                 thread.join(0.05)
+            lost = self._lost()
         thread.join()
-        return None if stopped() else found[0] or None
+        return None if stopped() else lost or found[0] or None
 
     def idle(self) -> bool:
         """Whether the model says that it has answered all that it was asked."""
@@ -90,12 +101,20 @@ class Pulse:
         told = [line.rpartition(" ")[2] for line in lines if line.startswith("volcast_open_requests")]
         return [float(number) for number in told] == [0.0]
 
-    def _cpu(self) -> dict[int, int]:
-        """Processor time (ticks) of each process of the server's session."""
-        found = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError, ValueError):
-                fields = (folder / "stat").read_text().rpartition(")")[2].split()
-                if int(fields[3]) == self._server.pid:
-                    found[int(folder.name)] = int(fields[11]) + int(fields[12])
-        return found
+    def _ticks(self) -> dict[int, int]:
+        """Processor time of each process that lives."""
+        read = {one: _stat(one) for one in (self._server.pid, *self._children)}
+        return {one: int(stat[11]) + int(stat[12]) for one, stat in read.items() if stat and stat[0] != "Z"}
+
+
+def _stat(process: int) -> list[str]:
+    """Its /proc/PID/stat from the state on (man 5 proc); empty: there is none."""
+    with suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return []
+
+
+def _session(leader: int) -> set[int]:
+    """The other processes of the session that `leader` leads."""
+    processes = {int(folder.name) for folder in Path("/proc").glob("[0-9]*")} - {leader}
+    return {one for one in processes if (stat := _stat(one)) and int(stat[3]) == leader}
