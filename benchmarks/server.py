@@ -1,0 +1,70 @@
+"""A `volcast serve` of a benchmark's own, and what it counts."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+from volcast.runtime.engine_name import EngineName
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """Host and port of Triton's gRPC, and the address of its metrics."""
+
+    grpc: str
+    metrics: str
+
+
+@contextmanager
+def start_server(
+    artifact: Path | None, engine: EngineName, threads: int | None, *, active: int = 64, queue: int = 256
+) -> Iterator[Server]:
+    """One that runs until the end of the block. `artifact`: None for the bundled model. ValueError: it does not start."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(4)]
+    ports = [str(one.getsockname()[1]) for one in sockets]
+    for one in sockets:
+        one.close()
+    options = {"--port": ports[0], "--http-port": ports[1], "--grpc-port": ports[2], "--metrics-port": ports[3],
+               "--engine": engine, "--active": str(active), "--queue": str(queue)}  # fmt: skip
+    if threads is not None:
+        options["--threads"] = str(threads)
+    command = [sys.executable, "-m", "volcast", "serve", *([] if artifact is None else [str(artifact)])]
+    command += [word for pair in options.items() for word in pair]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            lines = []
+            for line in process.stderr:
+                lines.append(line)
+                if "ready:" in line:
+                    break
+            else:
+                raise ValueError(f"[bench] the server did not start: {' '.join(lines)}")
+            # Whoever is not read blocks once the pipe is full.
+            threading.Thread(target=process.stderr.read, daemon=True).start()
+            yield Server(grpc=f"127.0.0.1:{ports[2]}", metrics=f"http://127.0.0.1:{ports[3]}/metrics")
+        finally:
+            process.terminate()
+
+
+def read_counts(address: str) -> dict[str, float]:
+    """volcast's own metrics at `address`, by name and, behind a space, the value of its label; histograms left out."""
+    with urllib.request.urlopen(address, timeout=10) as answer:
+        text = answer.read().decode()
+    found = {}
+    for name, labels, value in re.findall(r"^(volcast_\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
+        own = re.findall(r'(?:batch|outcome)="(\w+)"', labels)
+        if "phase=" not in labels:
+            found[" ".join([name, *own])] = float(value)
+    return found
