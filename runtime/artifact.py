@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from .atomic import sha256
 from .external_data import external_data
-from .spec import FORMAT, ArtifactSpec
+from .spec import ArtifactSpec, Manifest
+from .token_spec import TOKEN_FORMAT, TokenSpec
 
 MANIFEST = "manifest.json"
 _MAX_BYTES = 4 * 2**20
@@ -19,7 +20,7 @@ _MAX_DEPTH = 32
 _REMEDY = "export the model again with `volcast export`"
 
 
-def parse_manifest(text: bytes) -> ArtifactSpec:
+def parse_manifest(text: bytes) -> Manifest:
     """The manifest in `text` (JSON, UTF-8, at most 4 MiB, at most 32 levels deep).
 
     Raises:
@@ -37,17 +38,32 @@ def parse_manifest(text: bytes) -> ArtifactSpec:
     if not _is_text(data):
         raise ValueError(f"[artifact] {MANIFEST} holds half a surrogate pair, which is no text; {_REMEDY}")
     version = data.get("format") if isinstance(data, dict) else None
-    if isinstance(version, int) and version > FORMAT:
+    if isinstance(version, int) and version > TOKEN_FORMAT:
         raise ValueError(
-            f"[artifact] format {_short(version)} is newer than {FORMAT}, the newest this volcast reads; upgrade volcast"
+            f"[artifact] format {_short(version)} is newer than {TOKEN_FORMAT}, the newest this volcast reads; upgrade volcast"
         )
+    kind = TokenSpec if version == TOKEN_FORMAT else ArtifactSpec
     try:
-        return ArtifactSpec.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
         raise ValueError(_one_line(error)) from error
 
 
 def read_artifact(folder: str | os.PathLike[str]) -> ArtifactSpec:
+    """The manifest of a diffusion model's artifact: `read_manifest`, which says what is checked.
+
+    Raises ValueError besides: the artifact is a token model's, which the caller cannot use.
+    """
+    spec = read_manifest(folder)
+    if isinstance(spec, ArtifactSpec):
+        return spec
+    raise ValueError(
+        f"[artifact] {spec.name} samples tokens with a transformer: sample, likelihood, verify and info take it, "
+        "give a diffusion model here"
+    )
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     """The manifest of the artifact in `folder`, after checking every file that it lists against its sha256.
 
     Raises:
@@ -109,7 +125,7 @@ def _inside(root: Path, path: Path) -> None:
         )
 
 
-def _check_external_data(spec: ArtifactSpec, name: str, path: Path) -> None:
+def _check_external_data(spec: Manifest, name: str, path: Path) -> None:
     for location in external_data(path):
         if (PurePosixPath(name).parent / location).as_posix() not in spec.files:
             raise ValueError(

@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .mask import read_on_grid
-from .spec import ArtifactSpec
+from .spec import ArtifactSpec, Manifest
 from .volume import Volume
 
 
 def parse_conditions(
-    spec: ArtifactSpec | None, texts: Iterable[str]
+    spec: Manifest | None, texts: Iterable[str]
 ) -> dict[str, float | NDArray[np.generic] | Volume]:
     """The mapping that `Model.sample(condition=...)` takes.
 
@@ -61,7 +61,7 @@ def mask_texts(spec: ArtifactSpec, paths: Iterable[str]) -> list[str]:
     return texts
 
 
-def _numbers(spec: ArtifactSpec | None, name: str, text: str) -> float | NDArray[np.generic]:
+def _numbers(spec: Manifest | None, name: str, text: str) -> float | NDArray[np.generic]:
     try:
         numbers = [float(part) for part in text.split(",")]
     except ValueError as error:
@@ -79,8 +79,8 @@ def _numbers(spec: ArtifactSpec | None, name: str, text: str) -> float | NDArray
     return array
 
 
-def _read_nifti(spec: ArtifactSpec | None, name: str, path: str) -> Volume:
-    volume = read_on_grid(path, spec)
+def _read_nifti(spec: Manifest | None, name: str, path: str) -> Volume:
+    volume = read_on_grid(path, spec if isinstance(spec, ArtifactSpec) else None)
     shape = next((one.shape for one in (() if spec is None else spec.conditions) if one.name == name), ())
     if len(shape) == volume.array.ndim + 1 and shape[0] == 1:
         return Volume(volume.array[None], volume.affine, volume.spacing_mm)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .sizes import check_size, related_sizes
-from .spec import ArtifactSpec, ConditionField, ConditionSpec, Ratio
+from .spec import ArtifactSpec, ConditionField, ConditionSpec, Manifest, Ratio
 
 Array = NDArray[np.generic]
 
@@ -25,7 +25,7 @@ class Conditions:
     sizes: Mapping[str, int]
 
 
-def resolve(spec: ArtifactSpec, given: Mapping[str, Any] | None, sizes: Mapping[str, int]) -> Conditions:
+def resolve(spec: Manifest, given: Mapping[str, Any] | None, sizes: Mapping[str, int]) -> Conditions:
     """The conditions of one sample.
 
     Args:
@@ -126,7 +126,7 @@ def _ratio(name: str, ratio: Ratio, values: Mapping[str, float]) -> float:
     return total(ratio.numerator) / below
 
 
-def _whole(spec: ArtifactSpec, condition: ConditionSpec, value: Any, known: dict[str, int]) -> Array:
+def _whole(spec: Manifest, condition: ConditionSpec, value: Any, known: dict[str, int]) -> Array:
     where = f"[condition] {condition.name}"
     try:
         array = np.asarray(value)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from .engine import Arrays, Engine, Program
 from .sizes import check_size
-from .spec import ArtifactSpec, ProgramSpec
+from .spec import Manifest, ProgramSpec
 
 if TYPE_CHECKING:
     from .memory_limit import MemoryLimit, Opened
@@ -35,7 +35,7 @@ class Programs:
     """
 
     def __init__(
-        self, folder: Path, spec: ArtifactSpec, engine: Engine, memory: MemoryLimit | None = None
+        self, folder: Path, spec: Manifest, engine: Engine, memory: MemoryLimit | None = None
     ) -> None:
         self._folder = folder
         self._engine = engine

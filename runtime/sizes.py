@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .spec import ArtifactSpec, Axis
+from .spec import ArtifactSpec, Axis, Manifest
 
 
 def whole(value: Any) -> Any:
@@ -101,7 +101,7 @@ def latent_sizes(
     return wanted, sizes
 
 
-def related_sizes(spec: ArtifactSpec, sizes: Mapping[str, int]) -> dict[str, int]:
+def related_sizes(spec: Manifest, sizes: Mapping[str, int]) -> dict[str, int]:
     """The sizes that follow from the latent's: an image's (`o0` of `d0`) and those of a network's levels (`d0_2`).
 
     Axes of one number are multiples of the same blocks, so their `multiple` says how they relate.

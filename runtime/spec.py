@@ -7,13 +7,14 @@ frozen, refuses unknown keys and refuses values out of range.
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Literal, final
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 FORMAT = 1
-"""Version of the manifest's layout; a reader refuses a newer one."""
+"""Version of a diffusion model's manifest; a reader refuses a newer one (`token_spec.py` has the next)."""
 
 Identifier = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
 PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -264,33 +265,28 @@ def _known_precision(value: object) -> object:
     return value
 
 
-class ArtifactSpec(Frozen):
-    """The manifest. `files` holds the sha256 of every other file, by its path inside the artifact.
+class Manifest(Frozen):
+    """What every artifact's manifest says. `files` holds the sha256 of every other file, by its path inside the artifact.
 
-    `latent_shape` is `(C, *spatial)` at the default size (of the volume itself for a pixel-space model, which has
-    no `decode`); `spacing_mm` is the voxel size of the decoded volume. `slabs` is `decode` cut for little memory.
-    With `precision` int8 most layers compute in it, as `volcast quantize` writes them; the rest is float32.
+    `spacing_mm` is the voxel size of the decoded volume. With `precision` int8 most layers compute in it, as
+    `volcast quantize` writes them; the rest is float32.
     """
 
-    format: Annotated[int, Field(ge=1, le=FORMAT)]
+    format: Annotated[int, Field(ge=1)]
     name: Annotated[str, Field(min_length=1, max_length=200)]
     precision: Annotated[Precision | Literal["int8"], BeforeValidator(_known_precision)]
     axes: tuple[Axis, ...]
     programs: dict[Literal["schedule", "prepare", "step", "decode", "encode"], ProgramSpec]
-    scheduler: SchedulerSpec
-    scale_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    latent_shape: Annotated[tuple[PositiveInt, ...], Field(min_length=3, max_length=4)]
     spacing_mm: Annotated[
         tuple[Annotated[float, Field(gt=0, le=1000)], ...], Field(min_length=2, max_length=3)
     ]
     conditions: tuple[ConditionSpec, ...] = ()
-    slabs: SlabSpec | None = None
     provenance: dict[str, str] = {}
     files: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
 
     @model_validator(mode="after")
-    def _whole(self) -> ArtifactSpec:
-        missing = {"schedule", "step"} - self.programs.keys()
+    def _whole(self) -> Manifest:
+        missing = self.required_programs() - self.programs.keys()
         if missing:
             raise ValueError(f"programs lack {sorted(missing)}")
         for path in self.files:
@@ -305,15 +301,45 @@ class ArtifactSpec(Frozen):
         unknown = {size for shape in shapes for size in shape if isinstance(size, str)} - known
         if unknown:
             raise ValueError(f"axes {sorted(unknown)} are used but not described")
+        return self
+
+    @abstractmethod
+    def required_programs(self) -> set[str]:
+        """Without these it is no artifact."""
+
+    def every_program(self) -> list[ProgramSpec]:
+        """Every ONNX file's description."""
+        return list(self.programs.values())
+
+    def axis(self, name: str) -> Axis:
+        """The axis of that name (KeyError if there is none)."""
+        return {axis.name: axis for axis in self.axes}[name]
+
+
+@final
+class ArtifactSpec(Manifest):
+    """The manifest of a diffusion model.
+
+    `latent_shape` is `(C, *spatial)` at the default size (of the volume itself for a pixel-space model, which has
+    no `decode`). `slabs` is `decode` cut for little memory.
+    """
+
+    format: Annotated[int, Field(ge=1, le=FORMAT)]
+    scheduler: SchedulerSpec
+    scale_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    latent_shape: Annotated[tuple[PositiveInt, ...], Field(min_length=3, max_length=4)]
+    slabs: SlabSpec | None = None
+
+    @model_validator(mode="after")
+    def _spaced(self) -> ArtifactSpec:
         if len(self.spacing_mm) != len(self.latent_shape) - 1:
             raise ValueError(f"spacing_mm {self.spacing_mm} does not fit latent_shape {self.latent_shape}")
         return self
+
+    def required_programs(self) -> set[str]:
+        return {"schedule", "step"}
 
     def every_program(self) -> list[ProgramSpec]:
         """The programs, and the segments of `slabs`."""
         segments = () if self.slabs is None else self.slabs.segments
         return [*self.programs.values(), *(segment.program for segment in segments)]
-
-    def axis(self, name: str) -> Axis:
-        """The axis of that name (KeyError if there is none)."""
-        return {axis.name: axis for axis in self.axes}[name]

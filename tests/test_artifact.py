@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from volcast.runtime.artifact import digests, parse_manifest, read_artifact
-from volcast.runtime.spec import FORMAT, ArtifactSpec
+from volcast.runtime.spec import ArtifactSpec
+from volcast.runtime.token_spec import TOKEN_FORMAT
 
 
 @pytest.fixture
@@ -55,8 +56,8 @@ def test_an_altered_or_truncated_or_missing_file(folder: Path) -> None:
 
 
 def test_a_newer_format_names_both(folder: Path) -> None:
-    change(folder, format=FORMAT + 1, invention=True)
-    refused(folder, f"format {FORMAT + 1}", f"than {FORMAT}", "upgrade volcast")
+    change(folder, format=TOKEN_FORMAT + 1, invention=True)
+    refused(folder, f"format {TOKEN_FORMAT + 1}", f"than {TOKEN_FORMAT}", "upgrade volcast")
 
 
 @pytest.mark.parametrize(
