@@ -49,7 +49,7 @@ class PlanMemory(MemoryLimit):
         super().__init__(spec, limit, 0)
         programs = planned_programs(spec)
         self._plans_of = {
-            name: _Plan(name, program, artifact, find_plan(folder, plans, name))
+            name: PlannedProgram(name, program, artifact, find_plan(folder, plans, name))
             for name, program in programs.items()
         }
         self._folder, self._manifest, self._scratch = folder, plans, scratch
@@ -106,7 +106,7 @@ class PlanMemory(MemoryLimit):
 
 
 @final
-class _Plan:
+class PlannedProgram:
     """One program, the graph that it was built from, and its plan's description."""
 
     def __init__(self, name: str, program: ProgramSpec, artifact: Path, file: PlanFile) -> None:
@@ -126,7 +126,7 @@ class _Plan:
         return total
 
     def foretold(self, given: Mapping[str, Shape], fixed: int) -> int:
-        """Bytes between the layers: as those of the largest sizes, by what the program gives, but for `fixed`."""
+        """Bytes between the layers: a share of those at the largest sizes, as of inputs and outputs, and `fixed`."""
         most = self.file.scratch_bytes
         if most is None:
             raise ValueError(
@@ -134,9 +134,8 @@ class _Plan:
                 "again with another version"
             )
         largest = shapes(self.program, {axis: one.maximum for axis, one in self.file.ranges.items()})
-        outputs = self._graph.outputs
         fixed = min(fixed, most)
-        return fixed + (most - fixed) * self._bytes(given, outputs) // self._bytes(largest, outputs)
+        return fixed + (most - fixed) * self.buffers(given) // self.buffers(largest)
 
     def _bytes(self, given: Mapping[str, Shape], names: Iterable[str]) -> int:
         values = sized_values(self._graph, given)

@@ -8,14 +8,21 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from host_tensorrt import Device, host_engine
+from onnx import numpy_helper
 
 from volcast.__main__ import app
+from volcast.export.tensorrt_network import PlanSettings, build_plan
 from volcast.runtime.artifact import read_artifact
+from volcast.runtime.engine import shapes
 from volcast.runtime.pipeline import load
-from volcast.runtime.plan_memory import PlanMemory
-from volcast.runtime.plans import read_plans
+from volcast.runtime.plan_memory import FIXED, PlanMemory, PlannedProgram
+from volcast.runtime.plans import PlanFile, Range, read_plans
+from volcast.runtime.programs import bind
+from volcast.runtime.slabs import SlabProgram
+from volcast.runtime.tensorrt_library import open_library
 
 pytest.importorskip("tensorrt_rtx_bindings")
 TARGET, SIZE = "tensorrt-rtx", (4, 4, 4)
@@ -106,6 +113,40 @@ def test_info_tells_what_the_builder_told(built: Path, capsys: pytest.CaptureFix
     assert app(["info", str(built), "--memory", "--engine", "tensorrt"]) == 2
     assert (
         f"has no plans for tensorrt; run `volcast build {built} --target tensorrt`" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("index", [7, 11, 13])
+def test_slabs_of_some_rows_take_what_the_builder_says_of_them(
+    default_artifact_folder: Path, tmp_path: Path, index: int
+) -> None:
+    """What is foretold of a quarter of the rows, from the plan for all of them, beside a plan for that quarter."""
+    library, slabs = open_library(TARGET), read_artifact(default_artifact_folder).slabs
+    assert slabs is not None
+    program, segment = SlabProgram(slabs, (16, 24, 16)), slabs.segments[index]
+    source = default_artifact_folder / segment.program.file
+
+    def axes(rows: int) -> dict[str, int]:
+        return bind("decode", segment.program, program.input_shapes(index, rows))
+
+    def plan(rows: int) -> PlannedProgram:
+        least, most = axes(program.step(index)), axes(rows)
+        ranges = {axis: Range(minimum=least[axis], optimum=most[axis], maximum=most[axis]) for axis in most}
+        settings = PlanSettings(capabilities=(86,), timing_cache=tmp_path / "none")
+        content, scratch = build_plan(library, source, segment.program, ranges, settings, lambda *_: None)
+        weights = sum(numpy_helper.to_array(one).nbytes for one in onnx.load(source).graph.initializer)
+        file = PlanFile(
+            file="decode.plan", sha256="0" * 64, bytes=len(content), source="0" * 64, ranges=ranges,
+            weight_bytes=weights, scratch_bytes=scratch,
+        )  # fmt: skip
+        return PlannedProgram(source.stem, segment.program, default_artifact_folder, file)
+
+    depth = program.depth(segment.value)
+    whole, part, given = plan(depth), plan(depth // 4), shapes(segment.program, axes(depth // 4))
+    around = part.file.weight_bytes + part.buffers(given)
+    assert part.file.scratch_bytes is not None and part.file.scratch_bytes > 2**23
+    assert (
+        abs((whole.foretold(given, FIXED[TARGET]) + around) / (part.file.scratch_bytes + around) - 1) < 0.15
     )
 
 
