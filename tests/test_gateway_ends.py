@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import json
 import signal
 import ssl
 import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -188,6 +190,24 @@ def test_every_request_is_a_span(gaussian: Path, served: Served, monkeypatch: py
     assert told["volcast.steps"].int_value == 3 and told["volcast.volumes"].int_value == 1
     assert told["http.response.status_code"].int_value == 200 and not done.status.code
     assert refused.status.code == Status.STATUS_CODE_ERROR and refused.status.message == "invalid"
+
+
+def test_a_gateway_of_its_own_before_a_server(gaussian: Path, served: Served) -> None:
+    command = [sys.executable, "-m", "volcast", "serve", str(gaussian), "--server", f"127.0.0.1:{served.grpc}",
+               "--metrics-port", str(served.metrics), "--port", "0"]  # fmt: skip
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            url = process.stderr.readline().rpartition(" ")[2].strip()
+            with httpx.Client(base_url=url, timeout=60) as client:
+                answer = client.post(GENERATE, json={"steps": 2}, headers={"x-request-id": "mine"})
+                assert answer.status_code == 200 and counted(client, "volcast_gateway_triton_metrics_up") == 1
+                process.terminate()
+                line = json.loads(process.stderr.readline())
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+    assert (line["request_id"], line["status"], line["steps"], line["volumes"]) == ("mine", 200, 2, 1)
 
 
 def test_a_port_in_use_is_named(gaussian: Path, served: Served) -> None:

@@ -6,11 +6,15 @@ import signal
 import tempfile
 import threading
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from volcast.runtime.engine_name import EngineName
+
+if TYPE_CHECKING:
+    from .gateway.server import Gateway
+    from .supervisor import Supervisor
 
 
 def serve(
@@ -42,6 +46,12 @@ def serve(
     active: Annotated[int, typer.Option(help="Samples that take turns.")] = 64,
     queue: Annotated[int, typer.Option(help="Samples that may wait; further ones are refused.")] = 256,
     drain: Annotated[int, typer.Option(help="Seconds that requests under way have to end at a stop.")] = 30,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            help="Host and port of the gRPC of a Triton that serves it already: only the gateway is started."
+        ),
+    ] = None,
     tritonserver: Annotated[
         Path | None,
         typer.Option(help="Its file or folder; left out: /opt/tritonserver, or the wheel nvidia-pytriton."),
@@ -71,16 +81,20 @@ def serve(
     folder = (artifact or default_artifact()).resolve()
     spec = read_artifact(folder)
     name = NAME if artifact is None else model_name(spec)
+    ports = Ports(http=http_port, grpc=grpc_port, metrics=metrics_port)
+    log_to_stderr()
+    address = f"127.0.0.1:{grpc_port}" if server is None else server
+    application = Application(
+        spec, name, grpc=address, triton_metrics=f"{address.rpartition(':')[0]}:{metrics_port}", keys=known,
+        limits=limits, hosts=None if known or insecure else LOOPBACK, tracing=tracing_from_environment(),
+    )  # fmt: skip
+    if server is not None:
+        _watch(Gateway(listening, application, drain_s=drain), None)
+        return
     engine, threads = resolve_engine(engine, threads)
     serving = Serving(
         artifact=str(folder), artifact_sha256=sha256(folder / MANIFEST), engine=engine, threads=threads, active=active,
         queue=queue,
-    )  # fmt: skip
-    ports = Ports(http=http_port, grpc=grpc_port, metrics=metrics_port)
-    log_to_stderr()
-    application = Application(
-        spec, name, grpc=f"127.0.0.1:{grpc_port}", triton_metrics=f"127.0.0.1:{metrics_port}", keys=known,
-        limits=limits, hosts=None if known or insecure else LOOPBACK, tracing=tracing_from_environment(),
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="volcast-serve-") as scratch:
         installation = find_installation(Path(scratch), tritonserver)
@@ -88,28 +102,40 @@ def serve(
         repository = Path(scratch) / "models"
         repository.mkdir()
         write_model(repository, name, spec, serving)
-        supervisor = Supervisor(
-            installation, repository, name, ports, probe_tensors(spec),
-            lambda line: typer.echo(f"volcast: {line}", err=True), drain_s=drain,
-        )  # fmt: skip
+        first = probe_tensors(spec)
+        _watch(gateway, Supervisor(installation, repository, name, ports, first, _tell, drain_s=drain))
 
-        def end() -> None:
-            gateway.stop()
+
+def _watch(gateway: Gateway, supervisor: Supervisor | None) -> None:
+    """Run both until SIGINT or SIGTERM; the gateway ends first, and a second signal cuts its patience short."""
+    ended = threading.Event()
+
+    def end() -> None:
+        gateway.stop()
+        ended.set()
+        if supervisor is not None:
             supervisor.stop()
 
-        ending = threading.Thread(target=end, name="volcast ends")
+    ending = threading.Thread(target=end, name="volcast ends")
 
-        def stop(*_: object) -> None:
-            if ending.ident is None:
-                ending.start()
-            else:
-                gateway.hurry()
+    def stop(*_: object) -> None:
+        if ending.ident is None:
+            ending.start()
+        else:
+            gateway.hurry()
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, stop)
-        gateway.start()
-        typer.echo(f"volcast: gateway on {gateway.url}", err=True)
-        try:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    gateway.start()
+    _tell(f"gateway on {gateway.url}")
+    try:
+        if supervisor is None:
+            ended.wait()
+        else:
             supervisor.run()
-        finally:
-            gateway.stop()
+    finally:
+        gateway.stop()
+
+
+def _tell(line: str) -> None:
+    typer.echo(f"volcast: {line}", err=True)
