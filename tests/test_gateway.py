@@ -282,7 +282,7 @@ def test_keys_and_their_limits(gaussian: Path, served: Served) -> None:
 
 
 def test_sizes_are_limited_before_anything_is_made(gaussian: Path, served: Served) -> None:
-    limits = Limits(rate=1e6, voxels=8 * 12 * 8, store_bytes=3 * 4 * 8 * 12 * 8)
+    limits = Limits(rate=1e6, voxels=8 * 12 * 8, store_bytes=3 * (5 * 8 * 12 * 8 + 1024))
     with (
         gateway(gaussian, served, limits=limits) as running,
         httpx.Client(base_url=running.url, timeout=60) as client,

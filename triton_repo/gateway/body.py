@@ -119,10 +119,11 @@ class BodyReader:
         return found
 
     def _check_bytes(self, shape: tuple[int, ...], samples: int) -> None:
-        voxels, most = math.prod(shape), self._limits.voxels
+        voxels, most = math.prod(shape) * _channels(self._spec), self._limits.voxels
         if voxels > most:
             raise Refusal("too_large", f"[request] size: volumes of {_times(shape)} = {voxels} voxels; this server makes up to {most}")  # fmt: skip
-        if 4 * voxels * samples > self._limits.store_bytes:
+        # float32, a hundredth for what gzip adds to noise, and a header.
+        if samples * (4.04 * voxels + 1024) > self._limits.store_bytes:
             raise Refusal("too_large", f"[request] num_samples={samples}: {samples} volumes of {_times(shape)} are more than this server keeps at once; ask for fewer")  # fmt: skip
 
     def _check_previews(self, job: Job, every: int, samples: int) -> None:
@@ -168,6 +169,11 @@ def volume_shape(spec: ArtifactSpec, spatial: Sequence[int]) -> tuple[int, ...]:
         else:
             found.append(out if isinstance(out, int) else spec.axis(out).minimum)
     return tuple(found)
+
+
+def _channels(spec: ArtifactSpec) -> int:
+    size = spec.programs["decode"].outputs[0].shape[1] if "decode" in spec.programs else spec.latent_shape[0]
+    return size if isinstance(size, int) else 1
 
 
 def _refuse_constant(name: str) -> None:
