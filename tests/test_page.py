@@ -13,22 +13,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gateways import gateway
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
 from served import Served
 
-from volcast.runtime.artifact import read_artifact
 from volcast.runtime.pipeline import load
 from volcast.runtime.volume import Volume, read_nifti
-from volcast.triton_repo.gateway.application import Application
 from volcast.triton_repo.gateway.keys import Keys
-from volcast.triton_repo.gateway.server import Gateway
-from volcast.triton_repo.gateway.settings import Limits, Listening
+from volcast.triton_repo.gateway.settings import Limits
 
 FILES = Path(__file__).parent.parent / "triton_repo" / "page"
 KEY = "0123456789abcdef-of-the-tests"
 CHROMIUM = shutil.which("chromium")
-QUIET = ["--no-sandbox", "--disable-quic", "--no-first-run", "--disable-background-networking",
+QUIET = ["--no-sandbox", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
 WEBGL = ["--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
 PATIENCE_MS = 60_000
@@ -41,14 +39,9 @@ ASKED: dict[str, Any] = {"steps": 12, "scheduler": "pndm", "guidance": 2.0, "con
 @pytest.fixture(scope="module")
 def address(served: Served, gaussian: Path) -> Iterator[str]:
     """A gateway with a key, whose volumes may have 1000 voxels, in front of the tests' server."""
-    application = Application(
-        read_artifact(gaussian), "gaussian", grpc=f"127.0.0.1:{served.grpc}", triton_metrics=None,
-        keys=Keys([("tests", KEY)]), limits=Limits(voxels=1000),
-    )  # fmt: skip
-    gateway = Gateway(Listening(port=0), application, drain_s=1)
-    gateway.start()
-    yield gateway.url
-    gateway.stop()
+    keys = Keys([("tests", KEY)])
+    with gateway(gaussian, served, keys=keys, limits=Limits(voxels=1000), drain_s=1) as running:
+        yield running.url
 
 
 @pytest.fixture(scope="module")
