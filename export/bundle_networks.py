@@ -17,6 +17,8 @@ from monai.networks.nets.controlnet import ControlNet
 from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
 from monai.networks.nets.spade_autoencoderkl import SPADEAutoencoderKL
 from monai.networks.nets.spade_diffusion_model_unet import SPADEDiffusionModelUNet
+from monai.networks.nets.transformer import DecoderOnlyTransformer
+from monai.networks.nets.vqvae import VQVAE
 
 from volcast.export.bundle_config import one_line, shown
 from volcast.export.bundle_expression import is_number
@@ -24,10 +26,24 @@ from volcast.export.bundle_expression import is_number
 _MONAI = r"(?:(?:monai|generative)\.networks\.nets\.(?:\w+\.)?)?"
 _MAISI = r"(?:monai\.apps\.generation\.maisi\.networks\.(?:\w+\.)?)?"
 # Bounds that keep a hostile config from building networks for hours; the largest published UNet has 4 levels.
-_LIMITS = {"spatial_dims": 3, "num_res_blocks": 64, "transformer_num_layers": 64, "num_splits": 1024}
+_LIMITS = {
+    "spatial_dims": 3,
+    "num_res_blocks": 64,
+    "num_res_layers": 64,
+    "transformer_num_layers": 64,
+    "attn_layers_depth": 1024,
+    "num_splits": 1024,
+}
 _MAX_LEVELS = 12
 _MAX_INTEGER = 2**20
-_MINIMUM = {"spatial_dims": 2, "num_head_channels": 0, "dim_split": 0, "num_splits": 0}
+_MINIMUM = {
+    "spatial_dims": 2,
+    "num_head_channels": 0,
+    "dim_split": 0,
+    "num_splits": 0,
+    "downsample_parameters": 0,
+    "upsample_parameters": 0,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +122,20 @@ _KINDS = (
         target=_MAISI + "ControlNetMaisi",
         renamed={},
         fixed={"use_flash_attention": False, "use_checkpointing": False},
+    ),
+    NetworkKind(
+        network=VQVAE,
+        role="vqvae",
+        target=_MONAI + "VQVAE",
+        renamed={"num_channels": "channels"},
+        fixed={"use_checkpointing": False, "ddp_sync": False},
+    ),
+    NetworkKind(
+        network=DecoderOnlyTransformer,
+        role="transformer",
+        target=_MONAI + "DecoderOnlyTransformer",
+        renamed={},
+        fixed={"use_flash_attention": False},
     ),
 )
 
@@ -187,6 +217,14 @@ def _fits(value: Any, kind: str, minimum: int, limit: int) -> bool:
         item = kind.removeprefix("Sequence[").removesuffix("]")
         good = isinstance(value, list | tuple) and 0 < len(value) <= _MAX_LEVELS
         return good and all(_fits(entry, item, minimum, limit) for entry in value)
+    if kind.startswith("tuple["):
+        items = kind.removeprefix("tuple[").removesuffix("]").split(",")
+        good = isinstance(value, list | tuple) and len(value) == len(items)
+        return good and all(
+            _fits(*pair, minimum, limit) for pair in zip(value, map(str.strip, items), strict=True)
+        )
+    if kind == "str":
+        return isinstance(value, str) and value.isidentifier() and len(value) <= 40
     if kind == "int":
         return type(value) is int and minimum <= value <= limit
     if kind == "float":

@@ -104,7 +104,7 @@ def plan_bundle(
     controlnets: Sequence[str] = (),
 ) -> BundlePlan:
     """The same without opening a weight file: which networks, which files, what is missing."""
-    root, file = _find_config(folder, config)
+    root, file = find_config(folder, config)
     data, config_sha256 = read_data(file)
     chosen = dict(settings or {})
     choices: dict[str, Any] = {
@@ -160,8 +160,11 @@ def plan_bundle(
     )
 
 
-def _find_config(folder: Path, config: Path | None) -> tuple[Path, Path]:
+def find_config(folder: Path, config: Path | None) -> tuple[Path, Path]:
+    """The bundle's folder and its config file: the one named (from here, or else from the bundle), or the usual one."""
     folder = Path(os.path.abspath(folder))
+    if config is not None and not config.is_file() and (folder / config).is_file():
+        config = folder / config
     if config is None and folder.is_file():
         folder, config = folder.parent, folder
     if config is not None:

@@ -236,6 +236,9 @@ OPERATORS: dict[Any, Operator] = {
     aten.sin.default: _unary("Sin"),
     aten.cos.default: _unary("Cos"),
     aten.clamp.default: _clamp,
+    aten.argmin.default: lambda w, n: w.emit(
+        "ArgMin", w.tensor(argument(n, 0)), axis=argument(n, 1), keepdims=int(argument(n, 2, False))
+    ),
     aten.add.Tensor: _binary("Add"),
     aten.sub.Tensor: _binary("Sub"),
     aten.mul.Tensor: _binary("Mul"),
