@@ -232,7 +232,10 @@ def test_who_leaves_frees_the_places(client: httpx.Client) -> None:
 
 
 def test_too_much_is_refused_with_a_hint(gaussian: Path, served: Served) -> None:
-    with gateway(gaussian, served) as running, httpx.Client(base_url=running.url, timeout=60) as client:
+    with (
+        gateway(gaussian, served, timing=Timing(ready_s=1e-9)) as running,
+        httpx.Client(base_url=running.url, timeout=60) as client,
+    ):
         with ThreadPoolExecutor(6) as pool:
             stop = threading.Event()
 
@@ -240,14 +243,17 @@ def test_too_much_is_refused_with_a_hint(gaussian: Path, served: Served) -> None
                 with client.stream("POST", GENERATE, json=LONG, headers=EVENTS) as answer:
                     for name, value in events(answer):
                         if stop.is_set() or name in ("end", "error"):
-                            refused.append(value) if name == "error" else None
+                            if name == "error":
+                                refused.append((value, client.get("/health/ready").status_code))
                             stop.set()
                             return
 
             refused: list[Any] = []
             for held in [pool.submit(hold) for _ in range(6)]:
                 held.result(60)
-        assert refused and refused[0]["error"]["code"] == "unavailable" and refused[0]["retry_s"] >= 0
+        value, ready = refused[0]
+        assert value["error"]["code"] == "unavailable" and "retry in" in value["error"]["message"]
+        assert value["retry_s"] >= 0 and ready == 200  # a full server is no broken one
 
 
 def test_keys_and_their_limits(gaussian: Path, served: Served) -> None:

@@ -134,6 +134,7 @@ def _watch(gateway: Gateway, supervisor: Supervisor | None) -> None:
         else:
             supervisor.run()
     finally:
+        gateway.hurry()  # whoever still waits does so for a server that did not start
         gateway.stop()
 
 

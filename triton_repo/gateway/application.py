@@ -60,7 +60,7 @@ class Application:
             "/v1/models": as_json({"models": [model_entry(spec, name, limits)]}),
             "/openapi.json": as_json(openapi(spec, name, schema, limits, bool(keys))),
         }
-        generate = Generate(
+        self._generate = Generate(
             name, BodyReader(spec, schema, limits), self.upstream, self.store, Quotas(limits.rate, limits.concurrency),
             self.drain, self.metrics, self._readiness, limits, timing,
         )  # fmt: skip
@@ -70,7 +70,7 @@ class Application:
                 Route("/", self._index),
                 Mount("/page", page, name="page"),
                 *(Route(path, self._document) for path in self._documents),
-                Route("/v1/models/{model}/generate", generate, methods=["POST"]),
+                Route("/v1/models/{model}/generate", self._generate, methods=["POST"]),
                 Route("/v1/volumes/{id}", self._volume),
                 Route("/health/live", self._live),
                 Route("/health/ready", self._ready),
@@ -92,6 +92,7 @@ class Application:
             yield
         finally:
             await self.upstream.close()
+            self._generate.close()
             if self._tracing is not None:
                 await asyncio.to_thread(self._tracing.close)
 

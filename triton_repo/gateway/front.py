@@ -65,7 +65,7 @@ class Front:
             await send(message)
 
         refusal: Refusal | None = None
-        refused: int | None = None
+        raised: HTTPException | None = None
         try:
             self._check_host(headers)
             if scope["path"].startswith("/v1"):
@@ -74,9 +74,9 @@ class Front:
         except Refusal as error:
             refusal = error
         except HTTPException as error:  # what Starlette's routes and files raise
-            refusal, refused = (
-                Refusal("not_found" if error.status_code == 404 else "invalid", f"[gateway] {error.detail}"),
-                error.status_code,
+            raised = error
+            refusal = Refusal(
+                "not_found" if error.status_code == 404 else "invalid", f"[gateway] {error.detail}"
             )
         except Exception:  # noqa: BLE001  (it is logged and answered)
             LOGGER.exception("failed", extra={"fields": {"request_id": state["request_id"]}})
@@ -85,7 +85,7 @@ class Front:
             if refusal is not None:
                 state["log"]["code"] = refusal.code
                 if not status:
-                    await _refuse(refusal, state["request_id"], answer, refused)
+                    await _refuse(refusal, state["request_id"], answer, raised)
             gone = refusal is not None and refusal.code == "cancelled"
             self._told(scope, STATUS["cancelled"] if gone else status, time.perf_counter() - began, began_ns)
 
@@ -112,10 +112,12 @@ class Front:
         LOGGER.log(logging.DEBUG if quiet else logging.INFO, "request", extra={"fields": fields})
 
 
-async def _refuse(refusal: Refusal, request_id: str, send: Send, status: int | None) -> None:
-    """`status` in place of its code's own."""
+async def _refuse(refusal: Refusal, request_id: str, send: Send, raised: HTTPException | None) -> None:
     content = as_json(refusal.body(request_id))
     headers = {"content-type": "application/json", "content-length": str(len(content)), **refusal.headers()}
-    raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": status or STATUS[refusal.code], "headers": raw})
+    status = STATUS[refusal.code]
+    if raised is not None:
+        headers, status = {**headers, **(raised.headers or {})}, raised.status_code
+    raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": status, "headers": raw})
     await send({"type": "http.response.body", "body": content})

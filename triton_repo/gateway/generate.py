@@ -45,6 +45,9 @@ class Generate:
         # Two threads, so that a body of megabytes neither stops the loop nor everybody else's, and memory stays bounded.
         self._parser = ThreadPoolExecutor(2, "volcast reads")
 
+    def close(self) -> None:
+        self._parser.shutdown()
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         if request.path_params["model"] != self._model:
@@ -162,7 +165,7 @@ class Generate:
             LOGGER.error(
                 "the server failed", extra={"fields": {"request_id": request_id, "error": refusal.message}}
             )
-            raise Refusal("internal", INTERNAL) from refusal  # fmt: skip
+            raise Refusal("internal", INTERNAL) from refusal
         missing = order.samples - sum(kind == "volume" for kind, _ in told)
         if missing:
             raise Refusal(

@@ -13,6 +13,7 @@ from volcast.runtime.interface import Array, as_bytes, inputs, text_of
 from volcast.runtime.sizes import latent_sizes
 from volcast.runtime.spec import ArtifactSpec
 
+from .log import LOGGER
 from .refusal import Refusal
 from .upstream import Upstream
 
@@ -51,8 +52,11 @@ class Readiness:
         except TimeoutError:
             return f"no volume within {PROBE_S:g} s"
         except Refusal as refusal:
-            # Too much to do is no fault.
-            return None if refusal.code == "unavailable" and "queue" in refusal.message else refusal.message
+            if refusal.code == "unavailable" and "; retry in" in refusal.message:
+                return None  # too much to do is no fault
+            LOGGER.warning("not ready", extra={"fields": {"reason": refusal.message}})
+            # Anyone may ask: the server's own words stay in the log.
+            return refusal.message if refusal.code == "unavailable" else "the server fails; see the log"
 
 
 def probe_tensors(spec: ArtifactSpec) -> dict[str, Array]:

@@ -14,7 +14,7 @@ from .refusal import Refusal
 @final
 @dataclass(kw_only=True)
 class Stored:
-    """A `.nii.gz`. Only the key named `owner` may have it; `fetched`: it has been given out whole."""
+    """A `.nii.gz`. Only the key named `owner` may have it; `fetched`: it has been asked for."""
 
     content: bytes
     owner: str

@@ -101,7 +101,7 @@ def _refusal(error: Exception) -> Refusal:
         hint = retry_s(error)
         return Refusal("unavailable", f"[gateway] the server is away ({text}); ask again", 5.0) if hint is None else Refusal("unavailable", text, hint)  # fmt: skip
     if "deadline cannot be met" in text:
-        return Refusal("unavailable", text)
+        return Refusal("unavailable", text, 1.0)
     if isinstance(error, CancelledError):
         return Refusal("cancelled", text)
     return Refusal("invalid" if _OWN.match(text) else "internal", text)
