@@ -28,8 +28,8 @@ IDENTITIES = {
 CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default}
 
 FRESH = {
-    "linear", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d", "group_norm", "layer_norm", "silu",
-    "gelu", "relu", "leaky_relu", "sigmoid", "exp", "sin", "cos", "add", "sub", "mul", "div", "matmul", "bmm", "einsum",
+    "linear", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d", "group_norm", "instance_norm",
+    "layer_norm", "silu", "gelu", "relu", "leaky_relu", "sigmoid", "exp", "sin", "cos", "add", "sub", "mul", "div", "matmul", "bmm", "einsum",
     "softmax", "scaled_dot_product_attention", "cat", "embedding", "clone", "avg_pool2d", "avg_pool3d",
     "upsample_nearest2d", "upsample_nearest3d",
 }  # fmt: skip

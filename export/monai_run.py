@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from monai.inferers.inferer import ControlNetDiffusionInferer, DiffusionInferer, LatentDiffusionInferer
 from monai.networks.nets.spade_autoencoderkl import SPADEAutoencoderKL
+from monai.networks.nets.spade_diffusion_model_unet import SPADEDiffusionModelUNet
 from monai.networks.schedulers.ddim import DDIMScheduler
 from monai.networks.schedulers.ddpm import DDPMScheduler
 from monai.networks.schedulers.pndm import PNDMScheduler
@@ -185,7 +186,7 @@ class _Observed:
         self._unet = unet
         self._channels = channels
         self._guided = unconditional is not None
-        self._segmentation = segmentation
+        self._segmentation = segmentation if isinstance(unet, SPADEDiffusionModelUNet) else None
         self._keep = keep
         self._on_step = on_step
         self.bound: dict[str, Tensor] = {}

@@ -54,8 +54,7 @@ class Denoiser(nn.Module):
     def forward(self, x: Tensor, timesteps: Tensor, *values: Tensor) -> Any:
         given = dict(zip(self.conditions, values, strict=True))
         for name in self.encoded:
-            channels = functional.embedding(given[name], getattr(self, f"{name}_encoding"))
-            given[name] = channels.permute(0, -1, *range(1, x.ndim - 1))
+            given[name] = encoded(given[name], getattr(self, f"{name}_encoding"))
         hints = [given.pop(hint) for hint in self.hints]
         scales = given.pop(SCALE, None)
         if MASK in given:
@@ -74,6 +73,11 @@ class Denoiser(nn.Module):
             given["down_block_additional_residuals"] = residuals[:-1]  # type: ignore[assignment]
             given["mid_block_additional_residual"] = residuals[-1]
         return self.unet(x, timesteps, **given)
+
+
+def encoded(labels: Tensor, table: Tensor) -> Tensor:
+    """A label map [N, *image] as channels [N, C, *image]: label l becomes `table[l]`."""
+    return functional.embedding(labels, table).permute(0, -1, *range(1, labels.ndim))
 
 
 def hint_scale(control: nn.Module) -> int:
@@ -97,14 +101,19 @@ def control_arguments(control: nn.Module, given: Mapping[str, Any]) -> dict[str,
 
 
 class Decoder(nn.Module):
-    """`forward(z) -> image`: MONAI's `decode_stage_2_outputs`; z [N, C, *spatial] already divided by the scale."""
+    """`forward(z, *mask) -> image`: MONAI's `decode_stage_2_outputs`; z [N, C, *spatial] already divided by the scale.
 
-    def __init__(self, autoencoder: nn.Module) -> None:
+    With `encoding` [labels, C] the autoencoder is SPADE's, and the mask a label map [N, *image], int64.
+    """
+
+    def __init__(self, autoencoder: nn.Module, encoding: Tensor | None = None) -> None:
         super().__init__()
         self.autoencoder = autoencoder
+        self.register_buffer("encoding", encoding)
 
-    def forward(self, z: Tensor) -> Any:
-        return self.autoencoder.decode(z)  # type: ignore[operator]
+    def forward(self, z: Tensor, *mask: Tensor) -> Any:
+        shown = [encoded(one, self.encoding) for one in mask]  # type: ignore[arg-type]
+        return self.autoencoder.decode(z, *shown)  # type: ignore[operator]
 
 
 class Encoder(nn.Module):

@@ -84,6 +84,17 @@ def _group_norm(w: OnnxWriter, n: Node) -> Any:
     )
 
 
+def _instance_norm(w: OnnxWriter, n: Node) -> Any:
+    if any(argument(n, index) is not None for index in (3, 4)):
+        raise ValueError("[to_onnx] instance norm with running statistics has no ONNX form here")
+    channels = int(shape_of(argument(n, 0))[1])
+    scale = w.tensor(argument(n, 1)) or w.constant(np.ones(channels), np.float32)
+    bias = w.tensor(argument(n, 2)) or w.constant(np.zeros(channels), np.float32)
+    return w.emit(
+        "InstanceNormalization", w.tensor(argument(n, 0)), scale, bias, epsilon=argument(n, 7, 1e-5)
+    )
+
+
 def _layer_norm(w: OnnxWriter, n: Node) -> Any:
     shape = argument(n, 1)
     scale = w.tensor(argument(n, 2)) or w.constant(np.ones(shape), np.float32)
@@ -222,6 +233,7 @@ OPERATORS: dict[Any, Operator] = {
     aten.conv_transpose3d.input: _transposed_convolution,
     aten.linear.default: _linear,
     aten.group_norm.default: _group_norm,
+    aten.instance_norm.default: _instance_norm,
     aten.layer_norm.default: _layer_norm,
     aten.silu.default: _silu,
     aten.gelu.default: lambda w, n: w.emit(

@@ -8,6 +8,8 @@ from fractions import Fraction
 from types import MappingProxyType
 
 import torch
+from monai.networks.nets.spade_autoencoderkl import SPADEAutoencoderKL
+from monai.networks.nets.spade_diffusion_model_unet import SPADEDiffusionModelUNet
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -15,7 +17,7 @@ from volcast.runtime.spec import Axis, ConditionSpec, TensorSpec
 
 from .capture import capture
 from .graph import count_flops, count_nodes, hint, inputs, is_free, outputs, shape_of, symbol
-from .networks import Control, Decoder, Denoiser, Encoder, plain_modules
+from .networks import MASK, Control, Decoder, Denoiser, Encoder, plain_modules
 from .passes.hoist import hoist
 from .passes.phase_conv import phase_conv
 from .passes.single_token_attention import single_token_attention
@@ -82,19 +84,27 @@ def capture_model(
     scale = (1,) * len(spatial)
     rest: dict[str, CapturedProgram] = {}
     if autoencoder is not None:
-        rest["decode"], scale = capture_decoder(autoencoder, latent_shape)
+        spade = isinstance(autoencoder, SPADEAutoencoderKL)
+        rest["decode"], scale = capture_decoder(autoencoder, latent_shape, encodings[MASK] if spade else None)
         rest["encode"] = capture_encoder(autoencoder, spatial, scale)
         axes += [
             _scaled(axis, Fraction(s), f"o{i}")
             for i, (axis, s) in enumerate(zip(axes[2:], scale, strict=False))
         ]
+    # A label map may be the decoder's alone.
+    others = (
+        {MASK} - {control.hint for control in controls}
+        if not isinstance(unet, SPADEDiffusionModelUNet)
+        else {}
+    )
+    shown = [condition for condition in conditions if condition.name not in others]
     denoiser = Denoiser(
         plain_modules(unet),
-        [condition.name for condition in conditions],
+        [condition.name for condition in shown],
         [replace(control, network=plain_modules(control.network)) for control in controls],
-        encodings,
+        {name: table for name, table in encodings.items() if name not in others},
     )
-    programs = capture_denoiser(denoiser, latent_shape, conditions, multiple, scale) | rest
+    programs = capture_denoiser(denoiser, latent_shape, shown, multiple, scale) | rest
     named = {size for p in programs.values() for t in (*p.inputs, *p.outputs) for size in t.shape}
     return CapturedModel(programs=programs, axes=tuple(axis for axis in axes if axis.name in named))
 
@@ -166,17 +176,28 @@ def capture_denoiser(
 
 
 def capture_decoder(
-    autoencoder: nn.Module, latent_shape: Sequence[int]
+    autoencoder: nn.Module, latent_shape: Sequence[int], encoding: Tensor | None = None
 ) -> tuple[CapturedProgram, tuple[int, ...]]:
-    """`decode`, and by how much it enlarges each spatial size."""
-    sizes = _capture_sizes(len(latent_shape) - 1, 2)
-    free = {"z": {0: "batch", **{2 + i: f"d{i}" for i in range(len(sizes))}}}
-    network = Decoder(plain_modules(autoencoder))
-    original = capture(network, {"z": torch.zeros(2, latent_shape[0], *sizes)}, free, {})
+    """`decode`, and by how much it enlarges each spatial size. With `encoding` it takes a label map (`Decoder`)."""
+    dims = range(len(latent_shape) - 1)
+    sizes = _capture_sizes(len(dims), 2)
+    free = {"z": {0: "batch", **{2 + i: f"d{i}" for i in dims}}}
+    examples = {"z": torch.zeros(2, latent_shape[0], *sizes)}
+    known = {"z": torch.zeros(1, *latent_shape)}
+    multiples: dict[str, int] = {}
+    if encoding is not None:
+        doubled = 2 ** (len(autoencoder.decoder.channels) - 1)  # type: ignore[union-attr, arg-type]
+        free[MASK] = {0: "batch", **{1 + i: f"o{i}" for i in dims}}
+        examples[MASK] = torch.zeros(2, *(size * doubled for size in sizes), dtype=torch.int64)
+        known[MASK] = torch.zeros(1, *(size * doubled for size in latent_shape[1:]), dtype=torch.int64)
+        multiples = {f"d{i}": 1 for i in dims} | {f"o{i}": doubled for i in dims}
+    network = Decoder(plain_modules(autoencoder), encoding)
+    original = capture(
+        network, examples, free, multiples, {f"o{i}": f"d{i}" for i in dims} if multiples else {}
+    )
     (image,) = outputs(original)
     scale = tuple(hint(large) // small for large, small in zip(shape_of(image)[2:], sizes, strict=True))
     axes = _axes(original, free) | _output_axes(original, "o")
-    known = {"z": torch.zeros(1, *latent_shape)}
     before = (count_nodes(original), count_flops(original, list(known.values())))
     return _program(phase_conv(original), axes, ["image"], known, before), scale
 

@@ -86,7 +86,7 @@ def verify(
         branches["unconditional"] = _step_inputs(spec, programs, unconditional)
     checks = [_same_weights(spec, bundle), _same_timesteps(job, monai)]
     checks += _network_checks(spec, programs, bundle, branches, monai)
-    checks += _autoencoder_checks(spec, programs, bundle, monai)
+    checks += _autoencoder_checks(spec, programs, bundle, monai, conditional)
     try:
         watch = Watch(on_step=lambda done, _: on_step(calls + done, 2 * calls))
         sampler = opened.sampler(artifact, spec, programs)
@@ -168,13 +168,17 @@ def _step_inputs(spec: ArtifactSpec, programs: Programs, values: Mapping[str, Ar
 
 
 def _autoencoder_checks(
-    spec: ArtifactSpec, programs: Programs, bundle: Bundle, monai: MonaiRun
+    spec: ArtifactSpec,
+    programs: Programs,
+    bundle: Bundle,
+    monai: MonaiRun,
+    conditional: Mapping[str, Array],
 ) -> list[Check]:
     if bundle.autoencoder is None:
         return []
     weights = _stored(bundle.autoencoder)
     budget = network_budget(spec.precision, weights)
-    image = programs.call("decode", {"z": monai.z})["image"]
+    image = programs.call("decode", {"z": monai.z, **conditional})["image"]
     checks = [Check(name="decode", value=relative_l2(image, monai.image), budget=budget)]
     if "encode" not in spec.programs:
         return checks

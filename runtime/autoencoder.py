@@ -2,29 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .conditions import resolve
+from .job import Job, stack
 from .memory_limit import DecodePlan, MemoryLimit
 from .programs import Programs, bind
+from .sizes import latent_sizes
 from .slab_decode import decode_slabs
 from .spec import ArtifactSpec
 from .volume import Volume
 
 Images = NDArray[np.float32]
+Given = Mapping[str, NDArray[np.generic]]
+"""What a decoder takes besides latents, `[N, ...]` by name: SPADE's label maps."""
+NOTHING: Given = MappingProxyType({})
 
 
-def decode(spec: ArtifactSpec, programs: Programs, z: Any) -> Images:
+def decoder_inputs(spec: ArtifactSpec) -> list[str]:
+    """The names of what the decoder takes besides latents."""
+    inputs = spec.programs["decode"].inputs if "decode" in spec.programs else ()
+    return [tensor.name for tensor in inputs if tensor.name != "z"]
+
+
+def decoder_conditions(spec: ArtifactSpec, job: Job, part: range) -> Given:
+    """What the decoder is given of a job's conditions for the samples `part`."""
+    names = decoder_inputs(spec)
+    values = stack(job.conditional, part) if names else {}
+    return {name: values[name] for name in names}
+
+
+def check_given(spec: ArtifactSpec, z: NDArray[Any], condition: Mapping[str, Any] | None) -> Given:
+    """What the decoder is given for latents `z` `[N, C, D', H', W']` or `[C, D', H', W']`, checked (ValueError)."""
+    rank = len(spec.latent_shape)
+    names = decoder_inputs(spec)
+    if not names or z.ndim < rank:
+        return NOTHING
+    _, sizes = latent_sizes(spec, z.shape[-rank + 1 :], "decode")
+    chosen = spec.model_copy(
+        update={"conditions": tuple(one for one in spec.conditions if one.name in names)}
+    )
+    values = resolve(chosen, condition, sizes).values
+    count = len(z) if z.ndim > rank else 1
+    return {name: np.repeat(values[name][None], count, axis=0) for name in names}
+
+
+def decode(spec: ArtifactSpec, programs: Programs, z: Any, given: Given = NOTHING) -> Images:
     """Images `[N, 1, D, H, W]` of the latents `z`; see `Model.decode`."""
     latents = _batched("decode", spec, z, spec.latent_shape[0])
     if "decode" not in spec.programs:
         return latents
     latents = latents / np.float32(spec.scale_factor)
     image = (
-        _whole(programs, latents) if programs.memory is None else _within(programs, programs.memory, latents)
+        _whole(programs, latents, given)
+        if programs.memory is None
+        else _within(programs, programs.memory, latents, given)
     )
     if not np.isfinite(image).all():
         raise ValueError(
@@ -33,29 +70,30 @@ def decode(spec: ArtifactSpec, programs: Programs, z: Any) -> Images:
     return image
 
 
-def decode_plan(programs: Programs, memory: MemoryLimit, shape: Sequence[int]) -> DecodePlan:
+def decode_plan(
+    programs: Programs, memory: MemoryLimit, shape: Sequence[int], given: Given = NOTHING
+) -> DecodePlan:
     """How latents of a shape `N C D H W` are decoded now, within the limit."""
-    return memory.plan_decode(
-        bind("decode", programs.describe("decode"), {"z": tuple(shape)}), programs.opened()
-    )
+    shapes = {"z": tuple(shape)} | {name: value.shape for name, value in given.items()}
+    return memory.plan_decode(bind("decode", programs.describe("decode"), shapes), programs.opened())
 
 
-def _whole(programs: Programs, latents: Images) -> Images:
-    return np.asarray(programs.call("decode", {"z": latents})["image"], np.float32)
+def _whole(programs: Programs, latents: Images, given: Given) -> Images:
+    return np.asarray(programs.call("decode", {"z": latents, **given})["image"], np.float32)
 
 
-def _within(programs: Programs, memory: MemoryLimit, latents: Images) -> Images:
+def _within(programs: Programs, memory: MemoryLimit, latents: Images, given: Given) -> Images:
     """In as little memory as the limit asks for: all at once, one by one, or one by one in slabs."""
-    plan = decode_plan(programs, memory, latents.shape)
+    plan = decode_plan(programs, memory, latents.shape, given)
     if plan.batch == len(latents):
-        return _whole(programs, latents)
+        return _whole(programs, latents, given)
     images: Images | None = None
     if plan.program is not None:
         programs.close("decode")
     for place in range(len(latents)):
         one = latents[place : place + 1]
         if plan.program is None:
-            image = _whole(programs, one)
+            image = _whole(programs, one, {name: value[place : place + 1] for name, value in given.items()})
         else:
             image = decode_slabs(plan.program, plan.passes, programs.open_alone, one)
         if len(latents) == 1:

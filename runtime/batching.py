@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from volcast import _core
 
-from .autoencoder import decode, encode
+from .autoencoder import Given, decode, decoder_conditions, encode
 from .batch_memory import BatchMemory
 from .engine import Engine
 from .host_memory import HostMemory
@@ -75,6 +75,7 @@ class _Open:
 
     sampling: Sampling
     shape: tuple[int, ...]
+    given: Given
     frame: tuple[NDArray[np.float64], tuple[float, ...]] | None
     on_step: OnStep | None
     on_preview: OnPreview | None
@@ -180,7 +181,8 @@ class Batching:
                 )  # fmt: skip
                 sampling.set_running_or_notify_cancel()
                 self._open[sampling.id] = _Open(
-                    sampling=sampling, shape=job.shape, frame=frame, on_step=on_step, on_preview=on_preview,
+                    sampling=sampling, shape=job.shape, given=decoder_conditions(self._spec, job, part), frame=frame,
+                    on_step=on_step, on_preview=on_preview,
                     began=time.perf_counter(),
                 )  # fmt: skip
         return sampling
@@ -248,7 +250,7 @@ class Batching:
     def _decoded(self, event: _core.BatchEvent, one: _Open) -> Images:
         assert event.x is not None
         with contextlib.nullcontext() if self._room is None else self._room.decoding:
-            return decode(self._spec, self._answer, event.x.reshape(1, *one.shape))
+            return decode(self._spec, self._answer, event.x.reshape(1, *one.shape), one.given)
 
     def _volume(self, event: _core.BatchEvent, one: _Open) -> Volume:
         image = self._decoded(event, one)[0]

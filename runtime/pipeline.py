@@ -225,13 +225,16 @@ class Model:
                 f"[{operation}] memory_limit: submit has all of it; call submit, or load the model once more"
             )
 
-    def decode(self, z: NDArray[np.generic]) -> NDArray[np.float32]:
+    def decode(self, z: NDArray[np.generic], condition: Condition | None = None) -> NDArray[np.float32]:
         """Images `[N, 1, D, H, W]` of latents `z` `[N, C, D', H', W']` or `[C, D', H', W']` as the loop yields them.
 
-        The division by the scale factor happens here. A model without `decode` works on images: z comes back.
+        The division by the scale factor happens here. A model without `decode` works on images: z comes back. Only a
+        SPADE decoder takes a `condition`, its label map, one for all latents.
         """
         self._check_alone("decode")
-        return autoencoder.decode(self.spec, self._programs, z)
+        return autoencoder.decode(
+            self.spec, self._programs, z, autoencoder.check_given(self.spec, np.asarray(z), condition)
+        )
 
     def encode(self, image: Volume | NDArray[np.generic]) -> NDArray[np.float32]:
         """Latents `[N, C, D', H', W']` of images `[N, 1, D, H, W]` or one `[D, H, W]`: the posterior's mean, scaled.

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from volcast import _core
 
-from .autoencoder import decode, decode_plan
+from .autoencoder import decode, decode_plan, decoder_conditions
 from .denoiser import Denoiser, step_inputs
 from .engine import Engine
 from .job import Job, stack
@@ -157,12 +157,13 @@ class HostSampler(Sampler):
 
         seeds, samples, x = first_latent(job, part, x0)
         shows = watch.on_preview is not None and watch.preview_every > 0
+        given = decoder_conditions(spec, job, part)
 
         def after(done: int, total: int) -> None:
             if on_step is not None:
                 on_step(done, total)
             if watch.on_preview is not None and shows and done % watch.preview_every == 0:
-                watch.on_preview(done, decode(spec, programs, x))
+                watch.on_preview(done, decode(spec, programs, x, given))
 
         start = Start(
             plan=job.plan, x=x, rows=rows, branches=branches, seeds=seeds, samples=samples,
@@ -171,12 +172,12 @@ class HostSampler(Sampler):
         network_seconds = self._loop.run(start, after, shows)
         loop_seconds = time.lap()
 
-        images = decode(spec, programs, x)
+        images = decode(spec, programs, x, given)
         decode_seconds = time.lap()
         slabs = (
             0
             if limited is None or "decode" not in spec.programs
-            else decode_plan(programs, limited, x.shape).slabs
+            else decode_plan(programs, limited, x.shape, given).slabs
         )
         return images, Report(
             engine=self._engine.name,
