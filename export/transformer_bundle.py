@@ -90,7 +90,8 @@ def read_transformer(
     order = read_order(read, root, token_shape)
     image_shape = _image_shape(vqvae, token_shape)
     files = LargeFiles(root)
-    loaded, provenance = {}, {}
+    loaded: dict[str, torch.nn.Module] = {}
+    provenance: dict[str, str] = {}
     for role, plan in zip(ROLES, (vqvae, transformer), strict=True):
         path = _weight_file(read, root, role, weights or {})
         files.check(path)
@@ -129,7 +130,7 @@ def with_masks(transformer: torch.nn.Module, length: int) -> torch.nn.Module:
 
 
 def _attentions(transformer: torch.nn.Module) -> list[torch.nn.Module]:
-    return [block.attn for block in transformer.blocks]  # type: ignore[union-attr, misc]
+    return [block.attn for block in transformer.blocks]  # type: ignore[union-attr]
 
 
 def _network(read: Config, role: str) -> NetworkPlan:
@@ -145,7 +146,7 @@ def _network(read: Config, role: str) -> NetworkPlan:
 def _token_shape(read: Config, vqvae: NetworkPlan, transformer: NetworkPlan) -> tuple[int, ...]:
     dims, longest = vqvae.arguments["spatial_dims"], transformer.arguments["max_seq_len"]
     remedy = f"give it with --set token_shape=[{','.join(['SIZE'] * dims)}]"
-    shape = read.need("token_shape", remedy) if "token_shape" in read else None
+    shape: Any = read.need("token_shape", remedy) if "token_shape" in read else None
     good = isinstance(shape, list | tuple) and len(shape) == dims
     if not good or not all(type(size) is int and 0 < size <= 4096 for size in shape):
         raise ValueError(f"[bundle] token_shape={shown(shape)}: need {dims} sizes, each 1..4096; {remedy}")

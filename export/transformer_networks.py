@@ -97,10 +97,10 @@ class CodeEncoder(nn.Module):
     |z|^2, the same for every code, is left out of the distances: that changes none of them but for rounding.
     """
 
-    def __init__(self, vqvae: nn.Module) -> None:
+    def __init__(self, vqvae: Any) -> None:
         super().__init__()
-        self.vqvae: Any = vqvae
-        codes: Tensor = self.vqvae.quantizer.quantizer.embedding.weight.detach()
+        self.vqvae = vqvae
+        codes: Tensor = vqvae.quantizer.quantizer.embedding.weight.detach()
         self.register_buffer("directions", -2 * codes)
         self.register_buffer("lengths", codes.square().sum(1))
 

@@ -107,7 +107,8 @@ def _ordering(arguments: Mapping[str, Any], token_shape: tuple[int, ...]) -> lis
             f"token_shape={list(token_shape)}; {_REMEDY}"
         )
     try:
-        found = Ordering(kind, dims, (1, *token_shape), **given).get_sequence_ordering()
+        made: Any = Ordering
+        found = made(kind, dims, (1, *token_shape), **given).get_sequence_ordering()
     # Ordering checks little: numpy or Python fails where an argument is used.
     except (TypeError, ValueError, LookupError, AttributeError) as error:
         raise ValueError(f"[bundle] ordering={shown(arguments)}: {one_line(error)}; {_REMEDY}") from None

@@ -63,7 +63,7 @@ def _layered(keys: str, values: str, layers: int) -> list[str]:
 
 def _step(transformer: nn.Module, length: int, cross: Mapping[str, Tensor]) -> CapturedProgram:
     attention = transformer.blocks[0].attn  # type: ignore[index, union-attr]
-    heads, width = int(attention.num_heads), int(attention.dim_head)  # type: ignore[arg-type, union-attr]
+    heads, width = int(attention.num_heads), int(attention.dim_head)
     caches = _layered("keys", "values", _layers(transformer))
     # A block of its own size: torch takes equal sizes for one, and 1 for fixed.
     examples = {"tokens": torch.zeros(2, 3, dtype=torch.int64), "positions": torch.arange(3), **cross}

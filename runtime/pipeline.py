@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import autoencoder
-from .artifact import read_artifact
+from .artifact import read_manifest
 from .batching import Batching, Sampling, Turns
 from .default_artifact import default_artifact
 from .engine import Engine
@@ -42,8 +42,10 @@ def load(
     *,
     active: int = 64,
     queue: int = 256,
-) -> Model:
+) -> Model | Any:
     """Open the artifact in the folder `path`. Runs no code from it, and imports torch for the engine "cuda" alone.
+
+    A `Model`, or for an artifact of a VQVAE with a transformer a `TokenModel`, on a CPU engine and without a memory limit.
 
     Args:
         path: a folder that `volcast export` wrote; None: the bundled hippocampus model (`default_artifact`).
@@ -60,9 +62,14 @@ def load(
         ValueError: a bad or altered artifact, an unknown or missing engine; one line with the remedy.
     """
     folder = default_artifact() if path is None else Path(path)
+    spec = read_manifest(folder)
+    if not isinstance(spec, ArtifactSpec):
+        from .token_model import load_tokens
+
+        return load_tokens(folder, spec, engine, threads, memory_limit)
     opened = engine if isinstance(engine, Engine) else open_engine(engine, threads, memory_limit)
     limit = None if memory_limit is None or engine == "cuda" else parse_bytes("load", memory_limit)
-    return Model(folder, read_artifact(folder), opened, limit, active=active, queue=queue)
+    return Model(folder, spec, opened, limit, active=active, queue=queue)
 
 
 @final

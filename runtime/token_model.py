@@ -1,0 +1,252 @@
+"""TokenModel: an opened VQVAE with its transformer, from a request to volumes, and from images to likelihoods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Unpack, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .conditions import resolve
+from .engine import Arrays, Engine
+from .engine_auto import open_engine
+from .memory import PeakMemory
+from .programs import Programs
+from .report import Report, Stopwatch
+from .request import OnStep
+from .sizes import check_size, whole
+from .spec import Manifest
+from .token_choice import Choice, ChoiceSettings
+from .token_sequence import Drawn, Indices, TokenSequence, draw_sequences, log_likelihoods
+from .token_spec import TokenSpec
+from .volume import Volume, centred_affine
+
+Condition = Mapping[str, Any]
+ENGINES = ("auto", "onnxruntime", "openvino")
+AT_MOST = 1_000_000
+"""Samples of one seed."""
+
+
+@final
+class TokenModel:
+    """An opened artifact of a token model. Not for two threads at once: its programs reuse their memory.
+
+    Attributes:
+        spec: the manifest.
+        engine: what runs it: `name`, `threads`.
+    """
+
+    def __init__(self, folder: Path, spec: TokenSpec, engine: Engine) -> None:
+        self.spec = spec
+        self.engine = engine
+        self._programs = Programs(folder, spec, engine)
+        raster = np.arange(spec.length)
+        self._order = np.array(spec.order, np.int64) if spec.order else raster
+
+    def sample(
+        self,
+        seed: int = 0,
+        *,
+        condition: Condition | None = None,
+        on_step: OnStep | None = None,
+        **settings: Unpack[ChoiceSettings],
+    ) -> Volume:
+        """One volume: `sample_many(1, ...)`, whose arguments it takes."""
+        return next(self.sample_many(1, seed, condition=condition, on_step=on_step, **settings))
+
+    def sample_many(
+        self,
+        n: int,
+        seed: int = 0,
+        *,
+        batch: int = 1,
+        condition: Condition | None = None,
+        on_step: OnStep | None = None,
+        **settings: Unpack[ChoiceSettings],
+    ) -> Iterator[Volume]:
+        """`n` volumes, `batch` at a time. Token t of sample i is decided by (seed, i, t), whatever the batch.
+
+        The same bits in any batch need an engine whose products do not depend on it, as ONNX Runtime's on CPUs.
+
+        Args:
+            n: 1..1,000,000.
+            seed: 0..2^64 - 1.
+            batch: samples a network call, within the artifact's axis "batch".
+            condition: with cross-attention, values by the name of a condition, for all samples.
+            on_step: called with the tokens done and to do of each sample, over all batches; what it raises stops the run.
+            settings: `temperature`, `top_k`, `top_p`, as `Choice` says.
+
+        Raises:
+            ValueError: anything out of range, before any work; logits or volumes that are not finite.
+        """
+        choice = Choice(**settings)
+        parts = self._parts(n, seed, batch, choice)
+        values = self._conditions(condition)
+        return self._run(parts, seed, values, choice, on_step)
+
+    def tokens(
+        self,
+        n: int,
+        seed: int = 0,
+        *,
+        batch: int = 1,
+        condition: Condition | None = None,
+        **settings: Unpack[ChoiceSettings],
+    ) -> Indices:
+        """The code indices int64 `[n, *token_shape]` of what `sample_many` makes of the same arguments."""
+        choice = Choice(**settings)
+        parts = self._parts(n, seed, batch, choice)
+        values = self._conditions(condition)
+        drawn = [self._draw(part, seed, values, choice, None).tokens for part in parts]
+        return self._grid(np.concatenate(drawn))
+
+    def encode(self, image: Volume | NDArray[np.generic]) -> Indices:
+        """Code indices int64 `[N, *token_shape]` of images `[N, C, D, H, W]`, or of one `[D, H, W]` or `[C, D, H, W]`."""
+        given = image.array if isinstance(image, Volume) else np.asarray(image)
+        wanted = self.image_shape
+        array = given[None] if given.shape == wanted[1:] else given
+        array = array[None] if array.shape == wanted else array
+        if array.ndim != len(wanted) + 1 or array.shape[1:] != wanted or array.dtype.kind not in "fiub":
+            raise ValueError(
+                f"[encode] got {given.dtype} {given.shape}: need numbers, (N, {', '.join(map(str, wanted))}) or one of "
+                "them; crop, pad or resample the image"
+            )
+        if not np.isfinite(array).all():
+            raise ValueError("[encode] the input holds NaN or infinity; give finite numbers")
+        return np.asarray(self._programs.call("encode", {"image": array})["indices"], np.int64)
+
+    def decode(self, indices: NDArray[np.integer]) -> NDArray[np.float32]:
+        """Images float32 `[N, C, D, H, W]` of code indices `[N, *token_shape]` or of one `[*token_shape]`."""
+        array = np.asarray(indices)
+        array = array[None] if array.shape == self.spec.token_shape else array
+        if array.shape[1:] != self.spec.token_shape or array.dtype.kind not in "iu":
+            raise ValueError(
+                f"[decode] got {array.dtype} {array.shape}: need whole numbers, (N, *{self.spec.token_shape})"
+            )
+        if array.size and not 0 <= array.min() <= array.max() < self.spec.num_codes:
+            raise ValueError(
+                f"[decode] indices reach from {array.min()} to {array.max()}: need 0..{self.spec.num_codes - 1}"
+            )
+        image = np.asarray(self._programs.call("decode", {"indices": array})["image"], np.float32)
+        if not np.isfinite(image).all():
+            raise ValueError(
+                "[decode] the decoded volume is not finite; check the weights, or export with fp32 weights"
+            )
+        return image
+
+    def likelihood(
+        self, image: Volume | NDArray[np.generic], *, condition: Condition | None = None
+    ) -> NDArray[np.float64]:
+        """log p (natural) of every token of images, float64 `[N, *token_shape]`; summed, that of the image.
+
+        Images as `encode` takes them, with the intensities of training. Low sums tell images unlike those of training
+        (Graham et al. 2022, "Transformer-based out-of-distribution detection for clinically safe segmentation"). The
+        tokens are known, so the network runs over blocks of them, not token by token.
+        """
+        return self.token_likelihood(self.encode(image), condition=condition)
+
+    def token_likelihood(
+        self, indices: NDArray[np.integer], *, condition: Condition | None = None
+    ) -> NDArray[np.float64]:
+        """The same for code indices `[N, *token_shape]`."""
+        values = self._conditions(condition)
+        found = []
+        for one in np.asarray(indices, np.int64).reshape(-1, self.spec.length):
+            sequence = TokenSequence(self.spec, self._programs, 1, self._prepared(values, 1))
+            found.append(log_likelihoods(sequence, self.spec, one[self._order][None]))
+        return self._grid(np.concatenate(found))
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """`(C, *spatial)` of the images."""
+        return tuple(int(size) for size in self.spec.programs["encode"].inputs[0].shape[1:])
+
+    def _grid(self, values: NDArray[Any]) -> NDArray[Any]:
+        """From the order of the sequence `[N, L]` to the grid `[N, *token_shape]`."""
+        grid = np.empty_like(values)
+        grid[:, self._order] = values
+        return grid.reshape(-1, *self.spec.token_shape)
+
+    def _parts(self, n: int, seed: int, batch: int, choice: Choice) -> list[range]:
+        choice.check(self.spec.num_codes)
+        for name, value, least, most in (("seed", seed, 0, 2**64 - 1), ("n", n, 1, AT_MOST)):
+            if not isinstance(whole(value), int) or not least <= value <= most:
+                raise ValueError(f"[sample] {name}={value!r}: need {least}..{most}")
+        for size in {min(batch, n), n % batch if isinstance(batch, int) and batch > 0 else 0} - {0}:
+            check_size("sample", self.spec.axis("batch"), size)
+        return [range(first, min(first + batch, n)) for first in range(0, n, batch)]
+
+    def _conditions(self, given: Condition | None) -> Arrays:
+        return resolve(self.spec, given, {}).values
+
+    def _prepared(self, values: Arrays, batch: int) -> Arrays:
+        if "prepare" not in self.spec.programs:
+            return {}
+        repeated = {name: np.repeat(value[None], batch, axis=0) for name, value in values.items()}
+        return self._programs.call("prepare", repeated)
+
+    def _draw(
+        self, part: Sequence[int], seed: int, values: Arrays, choice: Choice, on_step: OnStep | None
+    ) -> Drawn:
+        sequence = TokenSequence(self.spec, self._programs, len(part), self._prepared(values, len(part)))
+        return draw_sequences(sequence, self.spec, seed, part, choice, on_step or (lambda done, total: None))
+
+    def _run(
+        self, parts: list[range], seed: int, values: Arrays, choice: Choice, on_step: OnStep | None
+    ) -> Iterator[Volume]:
+        for number, part in enumerate(parts):
+            memory, watch = PeakMemory(), Stopwatch(self._programs)
+
+            def told(done: int, total: int, number: int = number) -> None:
+                if on_step is not None:
+                    on_step(number * total + done, len(parts) * total)
+
+            drawn = self._draw(part, seed, values, choice, told)
+            loop_seconds = watch.lap()
+            images = self.decode(self._grid(drawn.tokens))
+            report = Report(
+                engine=self.engine.name,
+                threads=self.engine.threads,
+                scheduler="autoregressive",
+                steps=self.spec.length,
+                batch=len(part),
+                open_seconds=watch.open_seconds(),
+                schedule_seconds=0.0,
+                prepare_seconds=0.0,
+                loop_seconds=loop_seconds,
+                network_seconds=drawn.network_seconds,
+                decode_seconds=watch.lap(),
+                peak_bytes=memory.bytes(),
+                peak_of_process=memory.since_start_of_process,
+            )
+            affine = centred_affine(images.shape[2:], self.spec.spacing_mm)
+            for image in images:
+                array = np.ascontiguousarray(image[0] if image.shape[0] == 1 else image)
+                yield Volume(array, affine, self.spec.spacing_mm, report)
+
+
+def load_tokens(
+    folder: Path,
+    spec: Manifest,
+    engine: str | Engine = "auto",
+    threads: int | None = None,
+    memory_limit: int | str | None = None,
+) -> TokenModel:
+    """What `load` gives for the artifact of a token model. "auto" is ONNX Runtime where it is installed, whose bits are
+    the same in any batch.
+
+    Raises ValueError: an engine for another device, or a memory limit, which nothing keeps here.
+    """
+    assert isinstance(spec, TokenSpec)
+    if isinstance(engine, str) and engine not in ENGINES:
+        raise ValueError(
+            f"[load] engine={engine!r}: {spec.name} samples token by token, on one of {', '.join(ENGINES)}"
+        )
+    if memory_limit is not None:
+        raise ValueError(f"[load] memory_limit: {spec.name} samples tokens, which keeps none; leave it out")
+    if engine == "auto" and find_spec("onnxruntime") is not None:
+        engine = "onnxruntime"
+    return TokenModel(folder, spec, engine if isinstance(engine, Engine) else open_engine(engine, threads))
