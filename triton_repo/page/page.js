@@ -105,25 +105,26 @@ async function preview({ url, step, steps }, signal) {
 
 /** Show a frame, and a choice by which to come back to it. */
 function addFrame(label, blob) {
-  // A request that outlives its server begins again, and so do its previews.
-  $("frames").querySelector(`[value="${label}"]`)?.parentElement.remove();
   const input = make("input", { type: "radio", name: "frame", value: label, checked: true });
-  input.addEventListener("change", () => draw(blob));
+  const shown = label === "final" ? "Generated volume" : `Preview after step ${label}`;
+  input.addEventListener("change", () => draw(blob, shown));
   $("frames").append(make("label", {}, input, make("span", {}, label)));
   $("frames").hidden = false;
-  draw(blob);
+  draw(blob, shown);
 }
 
+/** Make room for another run or volume; earlier ones stay in the list of this session. */
 function clearFrames() {
-  $("frames").hidden = true;
+  for (const id of ["frames", "download", "facts"]) $(id).hidden = true;
   $("frames").replaceChildren($("frames").firstElementChild);
 }
 
-async function draw(blob) {
+async function draw(blob, label) {
   try {
     const opened = await viewer;
     if (!opened) return;
     $("empty").hidden = true;
+    $("canvas").setAttribute("aria-label", label);
     await opened.show(blob);
   } catch (error) {
     trouble.show(error);
@@ -145,7 +146,6 @@ function present(record) {
     ...Object.entries(facts).map(([name, text]) => make("div", {}, make("dt", {}, name), make("dd", {}, text))),
   );
   $("facts").hidden = false;
-  $("canvas").setAttribute("aria-label", `Generated volume, seed ${record.seed}`);
 }
 
 function again(record, what) {
@@ -159,7 +159,7 @@ function again(record, what) {
     // A run under way keeps its frames, and its next one is shown.
     if (run) for (const input of $("frames").querySelectorAll("input")) input.checked = false;
     else clearFrames();
-    draw(record.blob);
+    draw(record.blob, `Generated volume, seed ${record.seed}`);
     present(record);
     $("volume").focus();
   }
