@@ -154,7 +154,9 @@ def default_conditions(spec: ArtifactSpec) -> dict[str, NDArray[np.generic]]:
     """The defaults of conditions that are described by fields, zeros for the others, without a batch axis."""
     _, sizes = latent_sizes(spec, None)
     given = {
-        condition.name: np.zeros([1 if isinstance(s, str) else s for s in condition.shape], condition.dtype)
+        condition.name: np.zeros(
+            [sizes.get(s, 1) if isinstance(s, str) else s for s in condition.shape], condition.dtype
+        )
         for condition in spec.conditions
         if not condition.fields
     }

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .sizes import check_size, related_sizes
+from .sizes import check_size
 from .spec import ArtifactSpec, ConditionField, ConditionSpec, Manifest, Ratio
 
 Array = NDArray[np.generic]
@@ -32,14 +32,14 @@ def resolve(spec: Manifest, given: Mapping[str, Any] | None, sizes: Mapping[str,
         spec: the artifact.
         given: a condition's name with a whole array, or a field's name with a number; absent fields take their
             default. An array's size 1 along a named axis is repeated to the size of that axis.
-        sizes: the axes whose size is known (the latent's).
+        sizes: the axes whose size is known (`latent_sizes`).
 
     Raises:
         ValueError: an unknown name, a missing array, a wrong shape or type, NaN, a number out of range.
     """
     rest = dict(given or {})
     _refuse_unknown(spec.conditions, rest)
-    known = dict(sizes) | related_sizes(spec, sizes)
+    known = dict(sizes)
     values = {}
     for condition in spec.conditions:
         fields = {field.name: rest[field.name] for field in condition.fields if field.name in rest}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, final
 
 from .engine import shapes
 from .footprint import Footprint
+from .sizes import related_sizes
 from .slab_schedule import Pass
 from .slab_search import Outcome
 from .slabs import SlabProgram
@@ -170,7 +171,7 @@ def job_sizes(spec: ArtifactSpec, job: Job, batch: int) -> dict[str, int]:
     x = next(tensor for tensor in spec.programs["step"].inputs if tensor.name == "x")
     for names, numbers in [(x.shape[1:], job.shape), *given.values()]:
         sizes |= {name: size for name, size in zip(names, numbers, strict=True) if isinstance(name, str)}
-    return sizes
+    return related_sizes(spec, sizes) | sizes
 
 
 def _shown(sizes: Sizes) -> str:

@@ -67,7 +67,7 @@ def check_size(operation: str, axis: Axis, size: int) -> None:
 def latent_sizes(
     spec: ArtifactSpec, size: Sequence[int] | None = None, operation: str = "sample"
 ) -> tuple[tuple[int, ...], dict[str, int]]:
-    """The latent's spatial sizes, and the size of each axis among them.
+    """The latent's spatial sizes, and the size of each axis among them and of those that follow (`related_sizes`).
 
     `size` is in latent voxels, one number a spatial axis; None: the artifact's own. `operation` goes into errors.
 
@@ -98,7 +98,7 @@ def latent_sizes(
                 )
         elif name != value:
             raise ValueError(f"[{operation}] size={wanted}: this model was exported for {default} only")
-    return wanted, sizes
+    return wanted, sizes | related_sizes(spec, sizes)
 
 
 def related_sizes(spec: Manifest, sizes: Mapping[str, int]) -> dict[str, int]:

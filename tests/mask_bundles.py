@@ -48,7 +48,10 @@ def write_bundle(root: Path, networks: dict[str, Any], latent_shape: list[int], 
 
     Weights are N(0, 1 / fan-in) and norm scales 1 + N(0, 0.05^2): every part of the network matters.
     """
-    config: dict[str, Any] = copy.deepcopy(networks) | {"noise_scheduler": SCHEDULER, "num_inference_steps": 3}
+    config: dict[str, Any] = copy.deepcopy(networks) | {
+        "noise_scheduler": SCHEDULER,
+        "num_inference_steps": 3,
+    }
     config |= {"latent_shape": latent_shape, "scale_factor": 0.8, **keys}
     for id in networks:
         config[f"load_{id}"] = f"$@{id}.load_state_dict(load_file(@bundle_root + '/{id}.safetensors'))"
@@ -64,6 +67,8 @@ def write_bundle(root: Path, networks: dict[str, Any], latent_shape: list[int], 
         for key, value in network.build().state_dict().items():
             noise = torch.randn(value.shape, generator=generator)
             scale = 0.05 if value.ndim < 2 else value[0].numel() ** -0.5
-            state[key] = noise * scale + (1.0 if "norm" in key and key.endswith("weight") and value.ndim < 2 else 0.0)
+            state[key] = noise * scale + (
+                1.0 if "norm" in key and key.endswith("weight") and value.ndim < 2 else 0.0
+            )
         save_file(state, root / f"{network.id}.safetensors")
     return read_bundle(root, controlnets=controls)
