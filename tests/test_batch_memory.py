@@ -23,25 +23,20 @@ ROOM = {"onnxruntime": 130, "openvino": 220}
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_a_limit_is_kept_by_all_threads_together(default_artifact_folder: Path, engine: str) -> None:
-    """In a process of its own: two samples at once, their decodes in slabs, a preview included."""
+    """In a process of its own: two samples at once, their decodes in slabs."""
     pytest.importorskip(engine)
     code = f"""
 import numpy as np
 from volcast.runtime.memory import PeakMemory
 from volcast.runtime.pipeline import load
-folder, engine = {str(default_artifact_folder)!r}, {engine!r}
-with load(folder, engine, 1, "64GiB", active=2, queue=2) as model:
-    memory, shown = model._memory, []
+with load({str(default_artifact_folder)!r}, {engine!r}, 1, "64GiB", active=2, queue=2) as model:
+    memory = model._memory
     memory.limit = limit = memory.base + {ROOM[engine]} * 2**20
     peak = PeakMemory()
-    show = dict(on_preview=lambda step, images: shown.append(images), preview_every=1)
-    futures = [model.submit(n, steps=2, **(show if n else {{}})) for n in range(2)]
-    volumes = [future.result() for future in futures]
+    one, other = (future.result() for future in [model.submit(7, steps=1) for _ in range(2)])
     assert peak.bytes() <= limit, (peak.bytes(), limit)
-    assert all(plan.slabs for plan in memory._plans.values()) and shown
-whole = load(folder, engine, 1).sample(1, steps=2)
-# Both are float32 and differ in the order of sums alone (some 1e-6).
-assert np.linalg.norm(volumes[1].array - whole.array) < 1e-4 * np.linalg.norm(whole.array)
+    assert all(plan.slabs for plan in memory._plans.values())
+np.testing.assert_array_equal(one.array, other.array)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
