@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, helper, shape_inference
+from onnx import NodeProto
 
+from volcast.runtime.engine import shapes as input_shapes
+from volcast.runtime.onnx_graph import read_graph
+from volcast.runtime.onnx_shapes import Shape, sized_values
 from volcast.runtime.spec import ProgramSpec
 
 LIMIT = 2**31
@@ -17,42 +20,22 @@ PRODUCTS = ("Einsum", "MatMul")
 FUSED = range(16, 257)
 """Channels of a head with which TensorRT-RTX 1.7 fuses attention of two heads or more, as its plans show. It fuses no
 single head, none in float32, and none of 8 or 512 channels."""
-SMALL = 4096
-"""Bytes below which an initializer may hold sizes, whose values the inference needs."""
 
 
-def tensor_shapes(path: Path, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """The shape of every value of the ONNX program at `path`, its free sizes set to `sizes`; weights left out.
+def tensor_shapes(path: Path, inputs: Mapping[str, Shape]) -> dict[str, Shape]:
+    """The shape of every value of the ONNX program at `path`, for inputs of these shapes; weights left out.
 
     Raises ValueError for a program whose shapes cannot be found.
     """
-    model = onnx.load(path, load_external_data=False)
-    graph = model.graph
-    for value in graph.input:
-        for size in value.type.tensor_type.shape.dim:
-            if size.dim_param:
-                size.dim_value = sizes[size.dim_param]
-    for value in graph.output:
-        value.type.tensor_type.ClearField("shape")
-    del graph.value_info[:]
-    _without_weights(model)
-    for node in graph.node:
-        if node.op_type == "GroupNormalization":  # onnx infers nothing behind it
-            node.op_type = "Identity"
-            del node.attribute[:], node.input[1:]
+    graph = read_graph(path)
     try:
-        inferred = shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
-    except shape_inference.InferenceError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"[build] the shapes of {path.name} cannot be found: {reason}") from error
-    shapes = {
-        value.name: tuple(size.dim_value for size in value.type.tensor_type.shape.dim)
-        for value in (*inferred.value_info, *inferred.output)
-    }
-    unknown = [name for node in graph.node for name in node.output if name and 0 in shapes.get(name, (0,))]
-    if unknown:
-        raise ValueError(f"[build] the shape of {unknown[0]} in {path.name} cannot be found")
-    return shapes
+        found = sized_values(graph, inputs)
+    except ValueError as error:
+        reason = str(error).removeprefix("[memory] ").partition(";")[0]
+        raise ValueError(
+            f"[build] the shapes of {path.name} cannot be found: {reason}; use --engine onnxruntime"
+        ) from error
+    return {name: one.shape for name, one in found.items() if name not in graph.constants}
 
 
 def check_elements(
@@ -62,8 +45,7 @@ def check_elements(
 
     `fused`: attention in half precision becomes one kernel, whose scores are never a tensor (see `FUSED`).
     """
-    shapes = tensor_shapes(path, sizes)
-    shapes |= {t.name: tuple(s if isinstance(s, int) else sizes[s] for s in t.shape) for t in program.inputs}
+    shapes = tensor_shapes(path, input_shapes(program, sizes))
     if fused:
         shapes = {name: shapes[name] for name in shapes.keys() - fused_scores(path, shapes)}
     largest = max(shapes, key=lambda one: math.prod(shapes[one]))
@@ -105,15 +87,3 @@ def fused_scores(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
         if len(query) == 4 and query[1] > 1 and query[-1] in FUSED:
             found |= chain | {name}
     return found
-
-
-def _without_weights(model: ModelProto) -> None:
-    kept: list[TensorProto] = []
-    for tensor in model.graph.initializer:
-        if tensor.ByteSize() < SMALL and tensor.data_location != TensorProto.EXTERNAL:
-            kept.append(tensor)
-        else:
-            named = helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
-            model.graph.input.append(named)
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from volcast.export.tensorrt_profile import as_text, axis_ranges, one_by_one, parse_batch, parse_size
+from volcast.export.tensorrt_profile import (
+    as_text,
+    axis_ranges,
+    one_by_one,
+    parse_batch,
+    parse_size,
+    slab_ranges,
+)
 from volcast.runtime.artifact import read_artifact
 from volcast.runtime.plans import inputs_ranges
 from volcast.runtime.spec import ArtifactSpec
@@ -50,6 +57,18 @@ def test_what_the_axes_do_not_allow(
 ) -> None:
     with pytest.raises(ValueError, match=rf"^\[build\] {message}"):
         axis_ranges(spec, batch, None if size is None else parse_size(size))
+
+
+def test_slabs_range_from_the_fewest_rows_to_all(default_artifact_folder: Path) -> None:
+    spec = read_artifact(default_artifact_folder)
+    ranges = slab_ranges(spec, axis_ranges(spec, None, parse_size("4,4,4:8,12,8:16,16,12")))
+    assert list(ranges) == [f"decode_{number:02d}" for number in range(15)]
+    # A norm and a convolution of 3 taps at twice the latent's sizes: a row above and one below; and a skip without.
+    assert {name: str(one) for name, one in ranges["decode_08"].items()} == {
+        "r0": "3:6:34", "r1": "1:4:32", "d1x2": "8:24:32", "d2x2": "8:16:24"
+    }  # fmt: skip
+    # One that enlarges makes two rows of each.
+    assert str(ranges["decode_06"]["r0"]) == "3:4:18"
 
 
 def test_texts() -> None:

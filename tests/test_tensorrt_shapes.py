@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 
 from volcast.export.tensorrt_shapes import LIMIT, check_elements, fused_scores, tensor_shapes
 from volcast.runtime.artifact import read_artifact
+from volcast.runtime.engine import shapes
 from volcast.runtime.spec import ProgramSpec, TensorSpec
 
 SIZES = {"batch": 3, "steps": 7, "d0": 4, "d1": 8, "d2": 12, "o0": 16, "o1": 32, "o2": 48}
@@ -22,7 +23,7 @@ SIZES = {"batch": 3, "steps": 7, "d0": 4, "d1": 8, "d2": 12, "o0": 16, "o1": 32,
 def test_shapes_are_onnx_runtime_s(default_artifact_folder: Path, tmp_path: Path, name: str) -> None:
     program = read_artifact(default_artifact_folder).programs[name]  # type: ignore[index]
     path = default_artifact_folder / program.file
-    found = tensor_shapes(path, SIZES)
+    found = tensor_shapes(path, shapes(program, SIZES))
     model = onnx.load(path)
     shown = [value for node in model.graph.node for value in node.output][:: 7 if name == "step" else 1]
     kept = [value for value in model.graph.output if value.name not in shown]
@@ -59,7 +60,7 @@ def test_scores_are_no_tensors_where_attention_is_fused(default_artifact_folder:
     path = default_artifact_folder / program.file
     sizes = {"batch": 1, "d0": 64, "d1": 64, "d2": 64}
     # A score, its scaled form and its softmax in each of the seven attentions.
-    assert len(fused_scores(path, tensor_shapes(path, sizes))) == 21
+    assert len(fused_scores(path, tensor_shapes(path, shapes(program, sizes)))) == 21
     check_elements(path, "step", program, sizes)
     with pytest.raises(
         ValueError, match=r"step: \S+ would have 3221225472 elements \(1, 3, 32768, 32768\): "
@@ -126,7 +127,9 @@ def test_shapes_that_cannot_be_found(tmp_path: Path) -> None:
         helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
         for name, shape in (("x", [2, 3]), ("y", None))
     ]
-    graph = helper.make_graph([helper.make_node("MatMul", ["x", "x"], ["y"])], "g", values[:1], values[1:])
+    graph = helper.make_graph([helper.make_node("NonZero", ["x"], ["y"])], "g", values[:1], values[1:])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)]), tmp_path / "step.onnx")
-    with pytest.raises(ValueError, match=r"^\[build\] the shapes of step\.onnx cannot be found: .*MatMul"):
-        tensor_shapes(tmp_path / "step.onnx", {})
+    with pytest.raises(
+        ValueError, match=r"^\[build\] the shapes of step\.onnx cannot be found: .*NonZero .*; use --engine"
+    ):
+        tensor_shapes(tmp_path / "step.onnx", {"x": (2, 3)})

@@ -19,7 +19,15 @@ from volcast.export.tensorrt_strip import write_skeleton
 from volcast.export.tensorrt_types import typed
 from volcast.export.to_tensorrt import build_tensorrt
 from volcast.runtime.artifact import MANIFEST, read_artifact
-from volcast.runtime.plans import PLANS, Host, check_plans, read_plan, read_plans, source_digest
+from volcast.runtime.plans import (
+    PLANS,
+    Host,
+    check_plans,
+    planned_programs,
+    read_plan,
+    read_plans,
+    source_digest,
+)
 from volcast.runtime.refit import WEIGHTS, write_weights
 from volcast.runtime.spec import Precision
 from volcast.runtime.tensorrt_library import Library, open_library
@@ -61,8 +69,10 @@ def test_every_program_of_the_networks(
         progress=lambda *one: told.append(one),
     )  # fmt: skip
     spec = read_artifact(folder)
+    assert spec.slabs is not None
     assert list(built.programs) == [
-        name for name in ("schedule", "prepare", "step", "decode", "encode") if name in spec.programs
+        *(name for name in ("schedule", "prepare", "step", "decode", "encode") if name in spec.programs),
+        *(f"decode_{number:02d}" for number in range(len(spec.slabs.segments))),
     ]
     assert {one[0] for one in told} == set(built.programs)
     assert all(0 <= done <= total for _, _, done, total in told)
@@ -74,14 +84,15 @@ def test_every_program_of_the_networks(
         here = Host(target="tensorrt-rtx", version=library.version, gpu="any", capability=capability)
         check_plans(place, built, here, sha256((folder / MANIFEST).read_bytes()).hexdigest())
     runtime = library.trt.Runtime(library.log)
-    for name in built.programs:
+    for name, program in planned_programs(spec).items():
         plan = read_plan(place, built, name, source_digest(spec, name))
         weights = sum(
-            one.const_value.nbytes
-            for one in onnx_ir.load(folder / f"{name}.onnx").graph.initializers.values()
+            one.const_value.nbytes for one in onnx_ir.load(folder / program.file).graph.initializers.values()
         )
         # The weights are in it, in half precision or wider; and it is a plan by its own header.
         assert len(plan) > 0.45 * weights
+        assert 0.45 * weights < built.programs[name].weight_bytes <= 1.01 * weights
+        assert (built.programs[name].scratch_bytes or 0) > 0
         assert runtime.get_engine_validity(plan)[1] & MALFORMED == 0
         assert runtime.get_engine_validity(b"?" * len(plan))[1] & MALFORMED
     batch, size = built.programs["step"].ranges["batch"], spec.latent_shape[1:]
