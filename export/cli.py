@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,12 +12,15 @@ import typer
 from tqdm import tqdm
 
 from volcast.runtime.engine_name import EngineName
-from volcast.runtime.spec import Precision
+from volcast.runtime.spec import Manifest, Precision
 
 BundlePath = Annotated[Path, typer.Argument(help="A MONAI bundle folder, or a config file.")]
 Config = Annotated[Path | None, typer.Option(help="Config file, if not configs/inference.json|yaml.")]
 Weights = Annotated[
-    list[str], typer.Option(help="unet=FILE, autoencoder=FILE or CONTROLNET=FILE, instead of the config's.")
+    list[str],
+    typer.Option(
+        help="unet=FILE, autoencoder=FILE or CONTROLNET=FILE (vqvae=, transformer=), instead of the config's."
+    ),
 ]
 Controlnets = Annotated[
     list[str],
@@ -43,16 +47,30 @@ def export(
     if output.exists() and not force:
         raise ValueError(f"[export] {output} exists: remove it, choose another name, or pass --force")
     from .artifact import export_bundle
+    from .transformer_artifact import STAGES, export_transformer
+    from .transformer_bundle import has_transformer
 
-    read = _read(bundle, config, weights, settings, controlnets)
+    tokens = has_transformer(bundle, config)
+    if tokens and controlnets:
+        raise ValueError(
+            "[export] --controlnet: the config is a transformer's, which none steers; leave it out"
+        )
+    read: Any = (
+        _read_tokens(bundle, config, weights, settings)
+        if tokens
+        else _read(bundle, config, weights, settings, controlnets)
+    )
     stages = ["capture", "schedule", "prepare", "step", "decode", "encode", "slabs", "manifest"]
+    if tokens:
+        stages = list(STAGES)
+    write: Callable[..., Manifest] = export_transformer if tokens else export_bundle
     with tqdm(total=len(stages), desc="export", unit="stage", file=sys.stderr, disable=None) as bar:
 
         def progress(stage: str) -> None:
             bar.set_postfix_str(stage)
             bar.update(stages.index(stage) - bar.n)
 
-        spec = export_bundle(
+        spec = write(
             read, output, precision=precision, batch=(smallest, largest), replace=force, progress=progress
         )
     if as_json:
@@ -133,9 +151,23 @@ def _read(
 ) -> Any:
     from .bundle import read_bundle
 
-    files = {key: Path(value) for key, value in (_pair(text, "--weights") for text in weights)}
-    values = {key: _value(value) for key, value in (_pair(text, "--set") for text in settings)}
+    files, values = _files(weights), _settings(settings)
     return read_bundle(bundle, config=config, weights=files, settings=values, controlnets=controlnets)
+
+
+def _read_tokens(bundle: Path, config: Path | None, weights: list[str], settings: list[str]) -> Any:
+    from .transformer_bundle import read_transformer
+
+    files, values = _files(weights), _settings(settings)
+    return read_transformer(bundle, config=config, weights=files, settings=values)
+
+
+def _files(weights: list[str]) -> dict[str, Path]:
+    return {key: Path(value) for key, value in (_pair(text, "--weights") for text in weights)}
+
+
+def _settings(settings: list[str]) -> dict[str, Any]:
+    return {key: _value(value) for key, value in (_pair(text, "--set") for text in settings)}
 
 
 def _pair(text: str, option: str) -> tuple[str, str]:

@@ -60,6 +60,11 @@ def sample(
     size: Annotated[str | None, typer.Option(help="Latent sizes, as 8,12,8.")] = None,
     image: Annotated[Path | None, typer.Option(help="NIfTI file to start from (image to image).")] = None,
     strength: Annotated[float, typer.Option(help="With --image: how far it is noised, up to 1.")] = 1.0,
+    temperature: Annotated[float | None, typer.Option(help="Token models: above 0; left out: 1.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Token models: of the k most probable codes.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Token models: of the fewest codes of this sum.")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Samples a network call.")] = 1,
     engine: Annotated[EngineName, typer.Option(help="What runs the networks.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Left out: one a physical core.")] = None,
@@ -80,6 +85,8 @@ def sample(
     from .picture import mosaic, save_picture
     from .pipeline import load
     from .sizes import parse_sizes
+    from .token_cli import choice_settings
+    from .token_model import TokenModel
     from .volume import read_nifti
 
     outputs = output_files(output, count, png)
@@ -99,20 +106,17 @@ def sample(
         "guidance": guidance,
     }
     settings |= {"strength": strength, "compat": compat}
+    given = settings | {"strength": strength != 1, "mask": mask, "size": size, "image": image}
+    choice = choice_settings(model, temperature, top_k, top_p, given)
     conditions = parse_conditions(model.spec, [*(condition or ()), *mask_texts(model.spec, mask or ())])
     lines: list[dict[str, Any] | str] = []
     shown: list[Volume] = []
     with progress(shown=not quiet and (sys.stderr.isatty() or not as_json)) as on_step:
-        volumes = model.sample_many(
-            count,
-            seed,
-            batch=batch,
-            condition=conditions,
-            size=latent,
-            image=start,
-            on_step=on_step,
-            **settings,
-        )
+        common: dict[str, Any] = {"batch": batch, "condition": conditions, "on_step": on_step}
+        if isinstance(model, TokenModel):
+            volumes = model.sample_many(count, seed, **common, **choice)
+        else:
+            volumes = model.sample_many(count, seed, **common, size=latent, image=start, **settings)
         for number, (path, volume) in enumerate(zip(outputs, volumes, strict=True)):
             volume.save(path, f"volcast {model.spec.name} seed {seed}")
             lines.append(_described(path, volume, seed, number) if as_json else _summary(path, volume))
@@ -144,7 +148,7 @@ def info(
 ) -> None:
     """Show an artifact (or check a pack): programs, nodes and FLOPs before and after, axes, conditions, provenance."""
     from . import describe
-    from .artifact import read_artifact
+    from .artifact import read_artifact, read_manifest
     from .default_artifact import default_artifact
     from .pack import PACK, read_pack
 
@@ -153,15 +157,15 @@ def info(
         manifest = read_pack(folder)
         typer.echo(manifest.model_dump_json() if as_json else manifest.as_text())
         return
-    spec = read_artifact(folder)
     if memory:
         from .describe_memory import memory_rows, memory_text
         from .sizes import parse_bytes, parse_sizes
 
         limit = None if memory_limit is None else parse_bytes("info", memory_limit)
-        rows = memory_rows(spec, folder, engine, parse_sizes("info", size), batch, limit)
+        rows = memory_rows(read_artifact(folder), folder, engine, parse_sizes("info", size), batch, limit)
         typer.echo(json.dumps(rows) if as_json else memory_text(rows))
         return
+    spec = read_manifest(folder)
     typer.echo(json.dumps(describe.as_dict(spec, folder)) if as_json else describe.as_text(spec, folder))
 
 

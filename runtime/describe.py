@@ -5,23 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .spec import ArtifactSpec, ConditionField, ProgramSpec, Ratio, TensorSpec
+from .spec import ArtifactSpec, ConditionField, Manifest, ProgramSpec, Ratio, TensorSpec
+from .token_spec import TokenSpec
 
 
-def as_dict(spec: ArtifactSpec, folder: Path) -> dict[str, Any]:
+def as_dict(spec: Manifest, folder: Path) -> dict[str, Any]:
     """The manifest as JSON values, with `bytes` for the size of every file."""
     return {**spec.model_dump(mode="json"), "bytes": _bytes(spec, folder)}
 
 
-def as_text(spec: ArtifactSpec, folder: Path) -> str:
+def as_text(spec: Manifest, folder: Path) -> str:
     """The same for a reader, one fact a line."""
-    schedule = spec.scheduler.noise_schedule
     sizes = _bytes(spec, folder)
-    how = f"{spec.scheduler.steps} of {schedule.num_train_timesteps} steps, {schedule.schedule}"
     lines = [
         f"{spec.name}: weights {spec.precision}, {sum(sizes.values()) / 1e6:.1f} MB, format {spec.format}",
-        f"latent {_shape(spec.latent_shape)}, voxels of {_shape(spec.spacing_mm)} mm, scale factor {spec.scale_factor:g}",
-        f"scheduler {spec.scheduler.scheduler}, {how}, {spec.scheduler.prediction_type}",
+        *_model(spec),
         "",
         f"{'program':<9} {'nodes':>12} {'GFLOP':>17} {'MB':>7}  inputs -> outputs",
     ]
@@ -43,6 +41,22 @@ def as_text(spec: ArtifactSpec, folder: Path) -> str:
     lines += ["", "provenance"] if spec.provenance else []
     lines += [f"  {key}: {value}" for key, value in spec.provenance.items()]
     return "\n".join(lines)
+
+
+def _model(spec: Manifest) -> list[str]:
+    voxels = f"voxels of {_shape(spec.spacing_mm)} mm"
+    if isinstance(spec, TokenSpec):
+        order = "in an order of its own" if spec.order else "by raster scan"
+        return [
+            f"tokens {_shape(spec.token_shape)} {order}, {spec.num_codes} codes, {spec.layers} layers, {voxels}"
+        ]
+    assert isinstance(spec, ArtifactSpec)
+    schedule = spec.scheduler.noise_schedule
+    how = f"{spec.scheduler.steps} of {schedule.num_train_timesteps} steps, {schedule.schedule}"
+    return [
+        f"latent {_shape(spec.latent_shape)}, {voxels}, scale factor {spec.scale_factor:g}",
+        f"scheduler {spec.scheduler.scheduler}, {how}, {spec.scheduler.prediction_type}",
+    ]
 
 
 def _program(name: str, program: ProgramSpec, size: int) -> str:
@@ -70,5 +84,5 @@ def _shape(sizes: tuple[object, ...]) -> str:
     return " x ".join(str(size) for size in sizes)
 
 
-def _bytes(spec: ArtifactSpec, folder: Path) -> dict[str, int]:
+def _bytes(spec: Manifest, folder: Path) -> dict[str, int]:
     return {name: (folder / name).stat().st_size for name in spec.files}

@@ -238,9 +238,8 @@ def load_tokens(
     """What `load` gives for the artifact of a token model. "auto" is ONNX Runtime where it is installed, whose bits are
     the same in any batch.
 
-    Raises ValueError: an engine for another device, or a memory limit, which nothing keeps here.
+    Raises ValueError: a diffusion model, an engine for another device, or a memory limit, which nothing keeps here.
     """
-    assert isinstance(spec, TokenSpec)
     if isinstance(engine, str) and engine not in ENGINES:
         raise ValueError(
             f"[load] engine={engine!r}: {spec.name} samples token by token, on one of {', '.join(ENGINES)}"
@@ -249,4 +248,8 @@ def load_tokens(
         raise ValueError(f"[load] memory_limit: {spec.name} samples tokens, which keeps none; leave it out")
     if engine == "auto" and find_spec("onnxruntime") is not None:
         engine = "onnxruntime"
-    return TokenModel(folder, spec, engine if isinstance(engine, Engine) else open_engine(engine, threads))
+    if isinstance(spec, TokenSpec):
+        return TokenModel(
+            folder, spec, engine if isinstance(engine, Engine) else open_engine(engine, threads)
+        )
+    raise ValueError(f"[load] {folder}: {spec.name} is a diffusion model; give a token model")

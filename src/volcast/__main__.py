@@ -16,6 +16,7 @@ COMMANDS = {
     "sample": "volcast.runtime.cli",
     "verify": "volcast.export.cli",
     "info": "volcast.runtime.cli",
+    "likelihood": "volcast.runtime.token_cli",
     "generate": "volcast.runtime.generate_cli",
     "pack": "volcast.export.pack_cli",
     "quantize": "volcast.export.quantize_cli",
