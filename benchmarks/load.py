@@ -24,7 +24,7 @@ import typer
 from volcast.runtime.artifact import read_artifact
 from volcast.runtime.client_async import AsyncClient
 from volcast.runtime.default_artifact import default_artifact
-from volcast.runtime.engine_auto import resolve_engine
+from volcast.runtime.engine_auto import physical_cores, resolve_engine
 from volcast.runtime.engine_name import EngineName
 
 from . import load_report
@@ -104,7 +104,7 @@ def main(
         raise ValueError("[bench] seconds, rounds, callers and overload: need numbers above 0")
     engine, threads = resolve_engine(engine, threads)
     spec = read_artifact(artifact or default_artifact())
-    where, rng = environment(threads), np.random.default_rng(seed)
+    where, rng = environment(threads or physical_cores()), np.random.default_rng(seed)
     found: list[dict[str, dict[str, Any]]] = []
     sent: list[Sent] = []
     with start_server(artifact, engine, threads, active=active, queue=queue) as server:

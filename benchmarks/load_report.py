@@ -45,6 +45,7 @@ def summary(
     """Of one run of `seconds`: counts, rates, latencies, by steps and priority too, and how full the batches were.
 
     Good is a request that has its volume within `limit_s` of when it was due, or may still have it when the run ends:
+    `late_s`: how late the client itself was, which then is what is measured.
     `goodput_volumes_s` counts the former, `goodput_steps_s` the steps that were taken for both, which a run's ends do
     not blur. `steps_s`: the steps of all.
     """
@@ -64,6 +65,7 @@ def summary(
         "goodput_steps_s": sum(one.done for one in (*in_time, *open_yet)) / seconds,
         "steps_s": sum(one.done for one in sent) / seconds,
         "refused_with_hint": sum(one.retry_s is not None for one in refused) / len(refused) if refused else None,
+        "late_s": percentiles([one.sent - one.due for one in sent]),
         **latencies(sent),
         "by_steps": {str(n): latencies([one for one in sent if one.steps == n]) for n in _values(sent, "steps")},
         "by_priority": {

@@ -34,6 +34,7 @@ class Sent:
 
     Attributes:
         due: when it was to be sent: times are counted from then, so that a client that is late hides nothing.
+        sent: when it was.
         done: steps by the end of the run.
         outcome: "volume", "refused" or "unfinished" (when the run ended), else the error's text.
         retry_s: the wait that a refusal names.
@@ -42,6 +43,7 @@ class Sent:
     steps: int
     priority: int
     due: float
+    sent: float = 0.0
     done: int = 0
     first_step: float | None = None
     first_preview: float | None = None
@@ -100,7 +102,7 @@ class Load:
         def on_preview(done: int, volume: object) -> None:
             one.first_preview = now() if one.first_preview is None else one.first_preview
 
-        every = self.mix.preview_every
+        every, one.sent = self.mix.preview_every, now()
         try:
             await self.client.sample(
                 steps=one.steps, priority=one.priority, guidance=self.mix.guidance, output_format="float16",

@@ -6,6 +6,7 @@ import secrets
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,8 +27,9 @@ from .sampling import Images
 from .volume import Volume, centred_affine
 
 Reason = Literal["invalid", "unavailable", "cancelled", "internal"]
-WATCH_S = 0.01
+WATCH_S = 0.005
 """Between two looks at whether a caller is still there."""
+_CANCELLED = "[request] cancelled"
 
 
 class Reply(ABC):
@@ -58,6 +60,7 @@ class _Open:
     parts: int = 1
     futures: list[Sampling] = field(default_factory=list)
     error: BaseException | None = None
+    answered: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def fail(self, error: BaseException) -> None:
@@ -77,6 +80,9 @@ class Service:
         """At most `most` requests are open at once; a further one is told to come again."""
         self._model, self._most = model, most
         self._open: dict[int, _Open] = {}
+        self._tickets: dict[int, _Open] = {}
+        # A request and its cancellation come on streams of their own, in any order.
+        self._withdrawn: deque[int] = deque(maxlen=256)
         self._known = threading.Lock()
         self._tally = Tally()
         self._closed = threading.Event()
@@ -94,6 +100,10 @@ class Service:
             self._tally.refused("invalid")
             reply.fail("invalid", str(error))
             return
+        if asked.cancel is not None:
+            self._withdraw(asked.cancel)
+            reply.finish()
+            return
         seed = secrets.randbits(64) if asked.seed is None else asked.seed
         one = _Open(asked=asked, reply=reply, seed=seed, region=region)
         with self._known:
@@ -101,6 +111,10 @@ class Service:
             if not full and not self._closed.is_set():
                 self._open[id(one)] = one
                 self._tally.began()
+                if asked.ticket is not None:
+                    self._tickets[asked.ticket] = one
+                    if asked.ticket in self._withdrawn:
+                        one.error = CancelledError(_CANCELLED)
                 self._starter.submit(self._start, one)
                 return
         if region is not None:
@@ -126,6 +140,19 @@ class Service:
         self._starter.shutdown()
         self._model.close(drain=True)
         self._watcher.join()
+
+    def _withdraw(self, ticket: int) -> None:
+        """The caller waits for the answer that its request is cancelled, but not for the step under way."""
+        with self._known:
+            one = self._tickets.get(ticket)
+            if one is None:
+                self._withdrawn.append(ticket)
+                return
+        one.fail(CancelledError(_CANCELLED))
+        with one.lock:
+            answered, one.answered = one.answered, True
+        if not answered:
+            one.reply.fail("cancelled", _CANCELLED)
 
     def _start(self, one: _Open) -> None:
         try:
@@ -186,8 +213,8 @@ class Service:
                 }
                 if one.region is not None:
                     tensors = place_volume(tensors, one.asked.output_format, one.region)
-                one.reply.send(tensors)
-                self._tally.made(seconds)
+                if self._send(one, tensors):
+                    self._tally.made(seconds)
         except (Exception, CancelledError) as error:  # noqa: BLE001  (it is the request's answer)
             one.fail(error)
         self._release(one)
@@ -197,8 +224,11 @@ class Service:
             one.parts -= 1
             if one.parts:
                 return
+            answered, one.answered = one.answered, True
         with self._known:
             del self._open[id(one)]
+            if one.asked.ticket is not None and self._tickets.get(one.asked.ticket) is one:
+                del self._tickets[one.asked.ticket]
         if one.region is not None:
             one.region.close()
         if one.error is None:
@@ -207,23 +237,28 @@ class Service:
         else:
             reason, text = _told(one.error)
             self._tally.ended(reason)
-            one.reply.fail(reason, text)
+            if not answered:
+                one.reply.fail(reason, text)
 
-    def _send(self, one: _Open, tensors: dict[str, Array]) -> None:
-        if one.error is None:
-            one.reply.send(tensors)
+    def _send(self, one: _Open, tensors: dict[str, Array]) -> bool:
+        """Whether it was sent: nothing follows what ended a request."""
+        with one.lock:
+            if one.error is None:
+                one.reply.send(tensors)
+            return one.error is None
 
     def _watch(self) -> None:
         pause = WATCH_S
         while not (self._closed.wait(pause) and not self._open):
-            began = time.perf_counter()
+            began = time.thread_time()
             with self._known:
                 requests = list(self._open.values())
             for one in requests:
                 if one.error is None and one.reply.cancelled():
-                    one.fail(CancelledError("[request] cancelled"))
-            # With many open requests a look costs more: it may take a tenth of one core at most.
-            pause = max(WATCH_S, 10 * (time.perf_counter() - began))
+                    one.fail(CancelledError(_CANCELLED))
+            # With many open requests a look costs more: it may take a twentieth of one core at most. Of the core and not
+            # of the clock: on a busy machine the next look would come ten times too late.
+            pause = max(WATCH_S, 20 * (time.thread_time() - began))
 
 
 def _counts(kind: str, sample: int, step: int) -> dict[str, Any]:
