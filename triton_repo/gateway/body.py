@@ -85,8 +85,7 @@ class BodyReader:
         tensors = {name: self._tensor(name, value) for name, value in body.items()}
         tensors |= {"seed": np.array([seed], np.uint64), "output_format": as_bytes("nifti")}
         asked = read_request(self._spec, tensors)
-        spatial, _ = latent_sizes(self._spec, asked.size, "request")
-        shape = volume_shape(self._spec, spatial)
+        shape = volume_shape(self._spec, asked.size)
         self._check_bytes(shape, asked.samples)
         request = make_request(self._spec, seed, asked.settings)
         job = make_job(self._spec, request, asked.samples, 1, condition, asked.size)
@@ -155,20 +154,13 @@ def parse_json(content: bytes) -> Any:
         raise ValueError(f"[request] the body is no JSON: {error}") from error
 
 
-def volume_shape(spec: ArtifactSpec, spatial: Sequence[int]) -> tuple[int, ...]:
-    """The spatial shape of the volume that is decoded from a latent of the spatial sizes `spatial`."""
+def volume_shape(spec: ArtifactSpec, size: Sequence[int] | None) -> tuple[int, ...]:
+    """The spatial shape of the volume that comes of a latent of these spatial sizes; ValueError: as `latent_sizes`."""
+    spatial, sizes = latent_sizes(spec, size, "request")
     if "decode" not in spec.programs:
-        return tuple(spatial)
-    image = spec.programs["decode"].outputs[0]
-    x = next(tensor for tensor in spec.programs["step"].inputs if tensor.name == "x")
-    found = []
-    for out, axis, size in zip(image.shape[2:], x.shape[2:], spatial, strict=True):
-        if isinstance(out, str) and isinstance(axis, str):
-            # Both axes were exported with the same bounds, but for the decoder's factor.
-            found.append(size * spec.axis(out).minimum // spec.axis(axis).minimum)
-        else:
-            found.append(out if isinstance(out, int) else spec.axis(out).minimum)
-    return tuple(found)
+        return spatial
+    shape = spec.programs["decode"].outputs[0].shape[2:]
+    return tuple(one if isinstance(one, int) else sizes[one] for one in shape)
 
 
 def _channels(spec: ArtifactSpec) -> int:

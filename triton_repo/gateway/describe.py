@@ -27,7 +27,7 @@ def model_entry(spec: ArtifactSpec, name: str, limits: Limits) -> dict[str, Any]
         "description": spec.provenance.get("bundle", spec.name),
         "default": {"steps": spec.scheduler.steps, "scheduler": spec.scheduler.scheduler, "size": list(spatial)},
         "schedulers": ["rflow"] if spec.scheduler.prediction_type == "flow" else _DIFFUSION,
-        "volume": {"shape": list(volume_shape(spec, spatial)), "spacing_mm": list(spec.spacing_mm)},
+        "volume": {"shape": list(volume_shape(spec, None)), "spacing_mm": list(spec.spacing_mm)},
         "conditions": [_condition(one) for one in spec.conditions],
         "guidance": any(one.unconditional is not None for one in spec.conditions),
         "limits": {
