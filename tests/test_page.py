@@ -324,17 +324,14 @@ def test_every_control_has_a_name(page: Page) -> None:
 
 
 @needs_chromium
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_narrow_window_scrolls_one_way_only(
-    browser: Browser, address: str, scheme: str, pictures: Path
-) -> None:
+def test_a_narrow_dark_window_scrolls_one_way_only(browser: Browser, address: str, pictures: Path) -> None:
     size = {"width": 360, "height": 740}
-    page = visit(browser, address, viewport=size, color_scheme=scheme, reduced_motion="reduce")
+    page = visit(browser, address, viewport=size, color_scheme="dark", reduced_motion="reduce")
     page.get_by_text("More settings").press("Enter")
     ask(page, 2**64 - 1)
     done(page)
     drawn(page)
-    page.screenshot(path=pictures / f"narrow {scheme}.png", full_page=True)
+    page.screenshot(path=pictures / "narrow.png", full_page=True)
     assert page.evaluate("() => document.documentElement.scrollWidth") <= 360
     moving = (
         "() => [...document.querySelectorAll('*')].map((one) => getComputedStyle(one).transitionDuration)"
