@@ -33,11 +33,12 @@ from volcast.runtime.pipeline import Model, load
 from volcast.runtime.programs import ProgramName
 from volcast.runtime.request import Settings, make_request
 from volcast.runtime.sizes import smallest_batch, whole
-from volcast.runtime.spec import ArtifactSpec, Precision
+from volcast.runtime.spec import ArtifactSpec, Precision, SlabSpec
 
 from .bias_correction import corrected, corrected_inputs
 from .calibration import GUIDANCE, CalibrationEngine, Eyes, draw_condition
 from .qdq import Layer, activations, layers, quantized, save
+from .slab_program import write_slabs
 
 SAMPLES, SEED = 8, 1
 """By default. Seed 0 is what `sample` and `verify` take: what is judged should not be what was calibrated on."""
@@ -113,7 +114,16 @@ def quantize(
                 for name in chosen
             },
         }
-        result = _write_manifest(spec, models, facts, temporary)
+        slabs = spec.slabs
+        if slabs is not None and "decode" in models:
+            # The same program in segments: an engine rounds at the same places whether it decodes whole or in slabs.
+            try:
+                slabs = write_slabs(
+                    temporary / spec.programs["decode"].file, spec.latent_shape[0], len(spec.latent_shape) - 1
+                )
+            except ValueError as error:
+                slabs, facts["slabs"] = None, str(error)[:200]
+        result = _write_manifest(spec, models, slabs, facts, temporary)
         # An engine that refuses the result should do so here, not in production.
         _sample(load(temporary, threads=threads), [{**requests[0], "steps": 1}], lambda done, total: None)
     return result
@@ -178,7 +188,8 @@ def _sample(model: Model, requests: Sequence[dict[str, Any]], on_step: Callable[
 def _copy(
     artifact: Path, spec: ArtifactSpec, models: Mapping[ProgramName, onnx.ModelProto], folder: Path
 ) -> None:
-    """The artifact's files, those of `models` written anew. What was built from it on or for a device stays behind."""
+    """The artifact's files, those of `models` written anew. What was built from it on or for a device stays behind, and
+    so do the slabs of a decoder that is written anew."""
     files = {spec.programs[name].file for name in models}
     if "decode" in models and spec.slabs is not None:
         files |= {segment.program.file for segment in spec.slabs.segments}
@@ -195,7 +206,11 @@ def _copy(
 
 
 def _write_manifest(
-    spec: ArtifactSpec, models: Mapping[ProgramName, onnx.ModelProto], facts: Mapping[str, str], folder: Path
+    spec: ArtifactSpec,
+    models: Mapping[ProgramName, onnx.ModelProto],
+    slabs: SlabSpec | None,
+    facts: Mapping[str, str],
+    folder: Path,
 ) -> ArtifactSpec:
     programs = {
         name: program.model_copy(update={"nodes": len(models[name].graph.node)})
@@ -207,7 +222,7 @@ def _write_manifest(
         update={
             "precision": "int8",
             "programs": programs,
-            "slabs": None if "decode" in models else spec.slabs,  # they are the float32 decoder's
+            "slabs": slabs,
             "provenance": {**spec.provenance, **facts},
             "files": digests(folder),
         }

@@ -75,7 +75,8 @@ class SlabCut:
                 continue
             wide = self.rows.window(node) is not None and not self.rows.is_zero(node.inputs[0])
             if wide or node.kind in ("GroupNormalization", "Resize"):
-                cuts.add(node.inputs[0])
+                # A convolution in int8 needs the pair beside it; a norm needs the statistics of what it reads.
+                cuts.add(self.rows.unrounded(node.inputs[0]) if wide else node.inputs[0])
         return cuts
 
     def _settle(self) -> tuple[Segment, ...]:

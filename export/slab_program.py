@@ -148,7 +148,7 @@ class _Writer:
         _set(proto, "pads", pads)
 
     def _taps(self, weight: str) -> int:
-        return next(int(one.dims[2]) for one in self._model.graph.initializer if one.name == weight)
+        return self._cut.rows.values[weight].shape[2]
 
     def _middle(self, proto: NodeProto, rows: int) -> None:
         """An enlarged slab without what came of the rows around it."""

@@ -12,7 +12,9 @@ from volcast.runtime.liveness import constant_values
 from volcast.runtime.onnx_graph import Node, OnnxGraph
 from volcast.runtime.onnx_shapes import BINARY, UNARY, Sized, sized_values
 
-KEEPS_ZERO = {"Relu", "LeakyRelu", "Gelu", "Tanh", "Identity"}
+PAIR = {"QuantizeLinear", "DequantizeLinear"}
+"""Round to int8 and back, number by number; zero stays zero (export/qdq.py)."""
+KEEPS_ZERO = {"Relu", "LeakyRelu", "Gelu", "Tanh", "Identity"} | PAIR
 PROBES = ((3, 4, 5), (4, 7, 3))
 """Latent sizes at which values are looked at: what is a multiple of both is one at every size."""
 
@@ -99,6 +101,9 @@ class GraphRows:
 
     def is_local(self, node: Node) -> bool:
         """Whether rows of the output need rows nearby alone."""
+        if node.kind in PAIR:  # the int8 values between the two have no scale: they are never stored
+            volumes = {node.inputs[0], node.outputs[0]}
+            return not self.scales.keys().isdisjoint(volumes) and self.constants.issuperset(node.inputs[1:])
         if any(name not in self.scales for name in node.outputs):
             return False
         if node.kind in ("Conv", "ConvTranspose", "Resize"):
@@ -128,6 +133,12 @@ class GraphRows:
                 return False
         return True
 
+    def unrounded(self, name: str) -> str:
+        """The value that a QuantizeLinear pair rounds to this one; the value itself where none does."""
+        while name in self.maker and self.graph.nodes[self.maker[name]].kind in PAIR:
+            name = self.graph.nodes[self.maker[name]].inputs[0]
+        return name
+
     def is_zero(self, name: str) -> bool:
         """Whether rows of it are zero where a norm that it comes from is made zero."""
         place = self.maker.get(name)
@@ -149,7 +160,7 @@ class GraphRows:
             return False
         return (
             node.kind == "GroupNormalization"
-            or node.kind in UNARY | BINARY
+            or node.kind in UNARY | BINARY | PAIR
             and all(map(self.is_normed, node.inputs))
         )
 
