@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import IO, final
 
 from volcast.runtime.engine_name import EngineName
 
@@ -51,11 +51,16 @@ def start_server(
                     break
             else:
                 raise ValueError(f"[bench] the server did not start: {' '.join(lines)}")
-            # Whoever is not read blocks once the pipe is full.
-            threading.Thread(target=process.stderr.read, daemon=True).start()
+            threading.Thread(target=_pass_on, args=[process.stderr], daemon=True).start()
             yield Server(grpc=f"127.0.0.1:{ports[2]}", metrics=f"http://127.0.0.1:{ports[3]}/metrics")
         finally:
             process.terminate()
+
+
+def _pass_on(lines: IO[str]) -> None:
+    # A restart explains figures that nobody would understand.
+    for line in lines:
+        sys.stderr.write(line)
 
 
 def read_counts(address: str) -> dict[str, float]:

@@ -202,8 +202,9 @@ class Batching:
             for event in self._batcher.wait(1.0):
                 with self._known:
                     one = self._open[event.id]
-                self.steps += event.step - one.step
-                one.step = event.step
+                # A preview may come behind the progress of a later step.
+                self.steps += max(0, event.step - one.step)
+                one.step = max(one.step, event.step)
                 if event.step:
                     one.sampling.seconds.setdefault("first_step", time.perf_counter() - one.began)
                 try:

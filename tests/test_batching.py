@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
@@ -106,3 +107,18 @@ def test_closing_ends_the_threads_and_what_was_under_way(gaussian: Path) -> None
     assert {thread.ident for thread in threading.enumerate()} <= before
     with pytest.raises(ValueError, match="closed"):
         model.submit(1)
+
+
+def test_steps_are_counted_once_and_never_back(model: Model) -> None:
+    counts: list[int] = []
+
+    def look(*_: Any) -> None:
+        assert model.batching is not None
+        counts.append(model.batching.steps)
+        time.sleep(
+            0.002
+        )  # so that several steps are taken meanwhile: the preview comes behind the progress of a later one
+
+    model.submit(1, steps=200, on_step=look, on_preview=look, preview_every=7).result(60)
+    assert counts == sorted(counts)
+    assert model.batching is not None and model.batching.steps == 200
