@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
+import threading
 import time
 from collections.abc import Generator, Mapping
 from contextlib import closing
 from typing import Any, Unpack, final
 
-from .exchange import CHANNEL_OPTIONS, Exchange, Messages, RequestOptions, Unavailable
+from .exchange import CHANNEL_OPTIONS, WITHDRAW_S, Exchange, Messages, RequestOptions, Unavailable
 from .interface import Array
 from .volume import Volume
 
@@ -89,23 +91,42 @@ class Client:
         """
         import grpc
 
-        call, failure = None, None
+        call, failure, ticket, left = None, None, secrets.randbits(64), True
         try:
             self._learn(timeout_s)
-            call = self._stub.ModelStreamInfer(iter([self._messages.request(given)]), timeout=timeout_s)
+            message = self._messages.request({**given, "ticket": ticket})
+            call = self._stub.ModelStreamInfer(iter([message]), timeout=timeout_s)
             for response in call:
                 if response.error_message:
                     # Raised at the end: Triton 24.10 keeps a request open for ever whose stream is cut before.
                     failure = failure or self._messages.told(response.error_message)
                 else:
                     yield self._messages.tensors(response)
+            left = False
             if failure is not None:
                 raise failure
         except grpc.RpcError as error:
+            left = False
             raise self._messages.failed(error) from error
         finally:
-            if call is not None:
-                call.cancel()
+            if call is not None and left:
+                self._withdraw(call, ticket)
+
+    def _withdraw(self, call: Any, ticket: int) -> None:
+        """Ask the model to end a request, and read its stream to the end: Triton 24.10 may die of one that is cut."""
+        import grpc
+
+        late = threading.Timer(WITHDRAW_S, call.cancel)
+        late.start()
+        try:
+            message = self._messages.request({"cancel": ticket})
+            for stream in (self._stub.ModelStreamInfer(iter([message]), timeout=WITHDRAW_S), call):
+                for _ in stream:
+                    pass
+        except (grpc.RpcError, ValueError):  # no server, or a channel that was closed meanwhile
+            call.cancel()
+        finally:
+            late.cancel()
 
     def parameters(self, timeout_s: float | None = None) -> dict[str, str]:
         """What the model's config.pbtxt says of it: artifact_sha256, engine, threads and more. Raises as `sample_many`."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any, Unpack, final
 
-from .exchange import CHANNEL_OPTIONS, Exchange, Messages, RequestOptions, Unavailable
+from .exchange import CHANNEL_OPTIONS, WITHDRAW_S, Exchange, Messages, RequestOptions, Unavailable
 from .interface import Array
 from .volume import Volume
 
@@ -33,6 +34,7 @@ class AsyncClient:
         self._messages, self._address = Messages(address, model), address
         self._tries, self._shared_memory = tries, shared_memory
         self._channel: Any = None
+        self._leaving: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -42,6 +44,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Ends what is under way, too."""
+        await asyncio.gather(*self._leaving)
         if self._channel is not None:
             await self._channel.close()
 
@@ -68,28 +71,54 @@ class AsyncClient:
         self, given: Mapping[str, Any], timeout_s: float | None = None
     ) -> AsyncGenerator[dict[str, Array], None]:
         """`Client.answers`. Close it (`contextlib.aclosing`) where you leave it before its end."""
-        import grpc
+        import grpc.aio
 
-        call, failure = None, None
+        call, failure, reading = None, None, None
+        ticket, left = secrets.randbits(64), True
         try:
             stub = self._stub()
             if not self._messages.known:
                 index = await stub.RepositoryIndex(self._messages.index())
                 self._messages.learn(await stub.ModelMetadata(self._messages.metadata(index)))
-            call = stub.ModelStreamInfer(iter([self._messages.request(given)]), timeout=timeout_s)
-            async for response in call:
+            message = self._messages.request({**given, "ticket": ticket})
+            call = stub.ModelStreamInfer(iter([message]), timeout=timeout_s)
+            while True:
+                # gRPC would cut the stream of a task that is cancelled while it reads: see `_withdraw`.
+                reading = asyncio.ensure_future(call.read())
+                response = await asyncio.shield(reading)
+                if response is grpc.aio.EOF:
+                    break
                 if response.error_message:
                     # Raised at the end, as `Client` does.
                     failure = failure or self._messages.told(response.error_message)
                 else:
                     yield self._messages.tensors(response)
+            left = False
             if failure is not None:
                 raise failure
         except grpc.RpcError as error:
+            left = False
             raise self._messages.failed(error) from error
         finally:
-            if call is not None:
-                call.cancel()
+            if call is not None and reading is not None and left:
+                # Not awaited here, where a cancelled task may wait for nothing any more.
+                leaving = asyncio.ensure_future(self._withdraw(call, reading, ticket))
+                self._leaving.add(leaving)
+                leaving.add_done_callback(self._leaving.discard)
+
+    async def _withdraw(self, call: Any, reading: asyncio.Future[Any], ticket: int) -> None:
+        """As `Client._withdraw`."""
+        import grpc.aio
+
+        try:
+            async with asyncio.timeout(WITHDRAW_S):
+                message = self._messages.request({"cancel": ticket})
+                async for _ in self._stub().ModelStreamInfer(iter([message]), timeout=WITHDRAW_S):
+                    pass
+                while await reading is not grpc.aio.EOF:
+                    reading = asyncio.ensure_future(call.read())
+        except (grpc.RpcError, TimeoutError, asyncio.CancelledError, asyncio.InvalidStateError):
+            call.cancel()
 
     def _stub(self) -> Any:
         import grpc.aio

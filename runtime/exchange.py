@@ -28,6 +28,8 @@ CHANNEL_OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]  # fmt: skip
 
+WITHDRAW_S = 2.0
+"""For a model to say that it has ended a request; then its stream is cut."""
 _COME_BACK = (
     "retry in|the server stops|Server is stopping|Server not ready|no available versions|is not healthy|is not ready|"
     "unavailable|not at ready state"

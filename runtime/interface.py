@@ -58,6 +58,8 @@ def inputs(spec: ArtifactSpec) -> tuple[Tensor, ...]:
         Tensor(name="deadline_s", dtype="float32", shape=one, text="seconds from arrival after which it is given up, default none"),
         Tensor(name="progress_every", dtype="int32", shape=one, text="steps between reports of progress, default 0: none"),
         Tensor(name="preview_every", dtype="int32", shape=one, text="steps between previews, default 0: none"),
+        Tensor(name="ticket", dtype="uint64", shape=one, text="a number that the caller draws to cancel by, default none"),
+        Tensor(name="cancel", dtype="uint64", shape=one, text="nothing is sampled, and the request with this ticket ends; default none"),
         Tensor(name="output_format", dtype="uint8", shape=(-1,), text=f"{', '.join(FORMATS)}; default float16"),
         Tensor(name="region", dtype="uint8", shape=(-1,), text="a client's file in /dev/shm for the volumes, default none"),
     ]  # fmt: skip
@@ -135,6 +137,8 @@ class Asked:
     progress_every: int
     preview_every: int
     output_format: Format
+    ticket: int | None
+    cancel: int | None
     region: str | None
 
 
@@ -180,6 +184,8 @@ def read_request(spec: ArtifactSpec, given: Mapping[str, Array]) -> Asked:
         progress_every=_whole(given, "progress_every", 0, 0, MOST_STEPS),
         preview_every=_whole(given, "preview_every", 0, 0, MOST_STEPS),
         output_format=form,
+        ticket=int(given["ticket"][0]) if "ticket" in given else None,
+        cancel=int(given["cancel"][0]) if "cancel" in given else None,
         region=_text(given, "region"),
     )
 

@@ -163,6 +163,39 @@ def test_who_has_gone_frees_the_places(opened: Any) -> None:
     assert not heard.sent and model._batching.stats().cancelled == 6
 
 
+def tickets(**values: int) -> dict[str, np.ndarray]:
+    return {name: np.array([value], np.uint64) for name, value in values.items()}
+
+
+def test_a_ticket_cancels_without_waiting_for_the_step(opened: Any) -> None:
+    model, service = opened
+    other = held(model, service, 2)
+    heard, word = Heard(), Heard()
+    service.accept({**given(seed=2, steps=900, num_samples=2), **tickets(ticket=7)}, heard)
+    until(lambda: model.batching.stats().submitted == 5)
+    service.accept(tickets(cancel=7), word)
+    # No step is taken: the gate is closed.
+    assert heard.ends == [("cancelled", "[request] cancelled")] and word.ends == [("done", "")]
+    service.accept(tickets(cancel=7), word)
+    model.engine.gate.set()
+    until(lambda: model.batching.stats().cancelled == 2 and len(service._open) <= 1)
+    assert len(heard.ends) == 1 and not heard.sent
+    other.gone = True
+    assert other.ended.wait(60)
+
+
+def test_a_cancellation_may_come_before_its_request(opened: Any) -> None:
+    model, service = opened
+    heard, word, next_one = Heard(), Heard(), Heard()
+    service.accept(tickets(cancel=2**64 - 1), word)
+    service.accept({**given(steps=5), **tickets(ticket=2**64 - 1)}, heard)
+    assert word.ends == [("done", "")]
+    assert heard.ended.wait(60) and heard.ends == [("cancelled", "[request] cancelled")]
+    service.accept({**given(steps=5), **tickets(ticket=3)}, next_one)
+    assert next_one.ended.wait(60) and next_one.ends == [("done", "")]
+    assert not service._tickets
+
+
 def test_too_much_is_refused_with_a_hint(opened: Any) -> None:
     model, service = opened
     heard = held(model, service, 7)
