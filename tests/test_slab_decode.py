@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from volcast.runtime.artifact import read_artifact
+from volcast.runtime.autoencoder import decode
 from volcast.runtime.engine_auto import open_engine
+from volcast.runtime.host_memory import HostMemory
 from volcast.runtime.moments import merged
 from volcast.runtime.pipeline import load
 from volcast.runtime.programs import Programs
@@ -99,6 +101,26 @@ assert "torch" not in sys.modules and "onnx" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_two_latents_are_decoded_one_after_the_other_in_slabs(default_artifact_folder: Path) -> None:
+    """Beside two latents' images there is room for slabs alone."""
+    spec, opened = read_artifact(default_artifact_folder), open_engine("onnxruntime", 1)
+    assert opened.memory is not None
+    z = np.random.default_rng(2).standard_normal((2, 4, 4, 4, 4)).astype(np.float32)
+    axes = {"batch": 2, "d0": 4, "d1": 4, "d2": 4}
+    memory = HostMemory(default_artifact_folder, spec, opened.memory, 2**40)
+    least = memory.plan_slabs(axes, 0).peak + 2 * memory.image_bytes(axes)
+    assert memory.limit is not None and least < memory.footprint("decode", {**axes, "batch": 1}).peak
+    # A twentieth of a limit is kept in reserve; a hundredth more than the least.
+    memory.limit = int((memory.base + 1.01 * least) * 20 / 19)
+    plan = memory.plan_decode(axes, ())
+    assert plan.batch == 0 and plan.slabs > len(plan.passes)
+    kept = Programs(default_artifact_folder, spec, opened, memory)
+    images = decode(spec, kept, z)
+    for image, one in zip(images, z, strict=True):
+        alone = decode(spec, Programs(default_artifact_folder, spec, opened), one[None])[0]
+        assert relative(image, alone) < BUDGET
 
 
 def test_two_samples_and_a_limit_that_is_too_low(default_artifact_folder: Path) -> None:
