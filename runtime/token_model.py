@@ -172,11 +172,12 @@ class TokenModel:
 
     def _parts(self, n: int, seed: int, batch: int, choice: Choice) -> list[range]:
         choice.check(self.spec.num_codes)
-        for name, value, least, most in (("seed", seed, 0, 2**64 - 1), ("n", n, 1, AT_MOST)):
-            if not isinstance(whole(value), int) or not least <= value <= most:
+        ranges = (("seed", seed, 0, 2**64 - 1), ("n", n, 1, AT_MOST), ("batch", batch, 1, AT_MOST))
+        for name, value, least, most in ranges:
+            if type(whole(value)) is not int or not least <= value <= most:
                 raise ValueError(f"[sample] {name}={value!r}: need {least}..{most}")
-        for size in {min(batch, n), n % batch if isinstance(batch, int) and batch > 0 else 0} - {0}:
-            check_size("sample", self.spec.axis("batch"), size)
+        for size in {min(batch, n), n % batch or batch}:
+            check_size("sample", self.spec.axis("batch"), min(size, n))
         return [range(first, min(first + batch, n)) for first in range(0, n, batch)]
 
     def _conditions(self, given: Condition | None) -> Arrays:
