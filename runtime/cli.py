@@ -71,7 +71,7 @@ def sample(
     memory_limit: Annotated[
         str | None,
         typer.Option(
-            help="As 4GiB: of the process, with --engine cuda of the GPU; decodes in slabs where it must."
+            help="As 4GiB: of the process, with cuda, tensorrt, tensorrt-rtx of the GPU; decodes in slabs where it must."
         ),
     ] = None,
     compat: Annotated[Literal["monai-1.6"] | None, typer.Option(help="MONAI 1.6.1's own numbers.")] = None,
