@@ -41,7 +41,7 @@ class Served:
 
     def wait(self, text: str, count: int = 1) -> None:
         with self.news:
-            said = self.news.wait_for(lambda: sum(text in line for line in self.lines) >= count, 60)
+            said = self.news.wait_for(lambda: sum(text in line for line in self.lines) >= count, 120)
         assert said, "".join(self.lines)
 
     def told(self, text: str) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx.numpy_helper
 import pytest
 from served import Served, start
 
+from volcast.runtime.artifact import digests
 from volcast.runtime.client import Client, Unavailable
 from volcast.runtime.pipeline import Model, load
 from volcast.runtime.volume import read_nifti
@@ -179,22 +184,57 @@ def test_too_much_is_refused_with_a_hint(gaussian: Path) -> None:
         small.process.stderr.close()  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("victim", ["triton_python_backend_stub", "bin/tritonserver"])
-def test_what_is_killed_comes_back(served: Served, model: Model, victim: str) -> None:
+STUB, TRITON = "triton_python_backend_stub", "bin/tritonserver"
+
+
+@pytest.mark.parametrize(
+    ("victim", "number"), [(STUB, signal.SIGKILL), (TRITON, signal.SIGKILL), (TRITON, signal.SIGSTOP)]
+)
+def test_what_dies_or_hangs_comes_back_and_who_waits_is_answered(
+    served: Served, model: Model, victim: str, number: int
+) -> None:
+    begun = threading.Event()
     before = served.told("ready:")
-    with served.client(tries=8) as client, ThreadPoolExecutor(1) as pool:
-        begun = threading.Event()
-        under_way = pool.submit(
-            client.sample_many, 8, 6, steps=1000, size=[16, 16, 16], on_step=lambda *_: begun.set()
-        )
+    with served.client(tries=10) as client, ThreadPoolExecutor(2) as pool:
+        # 128 samples: 64 take turns, the others wait.
+        crowd = [
+            pool.submit(client.sample_many, 64, seed, steps=20, on_step=lambda *_: begun.set())
+            for seed in range(2)
+        ]
         assert begun.wait(60)
-        served.signal(victim, signal.SIGKILL)
+        # Whatever comes next meets them as they are now.
+        served.signal(STUB, signal.SIGSTOP)
+        served.signal(victim, number)
         served.wait("ready:", before + 1)
-        # The request that was under way is tried again with its seed.
-        volumes = under_way.result(60)
-        assert len(volumes) == 8
-        np.testing.assert_array_equal(client.sample(2, steps=3).array, model.sample(2, steps=3).array)
+        made = [one.result(180) for one in crowd]
+    for seed, volumes in enumerate(made):
+        for volume, expected in zip(volumes, model.sample_many(64, seed, steps=20), strict=True):
+            np.testing.assert_array_equal(volume.array, expected.array)
     assert len(served.shared_memory()) == 1
+
+
+def test_a_model_that_cannot_sample_is_not_served(gaussian: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(gaussian, broken)
+    schedule = onnx.load(broken / "schedule.onnx")
+    (table,) = [one for one in schedule.graph.initializer if one.name == "table"]
+    table.CopyFrom(onnx.numpy_helper.from_array(np.full(list(table.dims), np.nan, np.float32), "table"))
+    onnx.save(schedule, broken / "schedule.onnx")
+    manifest = json.loads((broken / "manifest.json").read_text())
+    (broken / "manifest.json").write_text(json.dumps({**manifest, "files": digests(broken)}))
+    # What a server left that nobody could stop goes as the next one starts.
+    space = os.readlink("/proc/self/ns/pid").strip("pid:[]")
+    left = Path("/dev/shm") / f"volcast_999999999_{space}_left"
+    left.touch()
+    running = start(broken)
+    try:
+        assert running.process.wait(60) == 2
+        running.wait("volcast: [serve] tritonserver did not start")
+        assert running.told("not finite") and not running.told("ready:")
+        assert not left.exists()
+    finally:
+        running.end()
+        left.unlink(missing_ok=True)
 
 
 def test_a_missing_server_is_named(gaussian: Path, tmp_path: Path) -> None:
