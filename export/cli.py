@@ -6,13 +6,16 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from tqdm import tqdm
 
 from volcast.runtime.engine_name import EngineName
 from volcast.runtime.spec import Manifest, Precision
+
+if TYPE_CHECKING:
+    from .verification import Verification
 
 BundlePath = Annotated[Path, typer.Argument(help="A MONAI bundle folder, or a config file.")]
 Config = Annotated[Path | None, typer.Option(help="Config file, if not configs/inference.json|yaml.")]
@@ -110,12 +113,24 @@ def verify(
 
     With --against: with a float32 artifact at the same seeds, by MS-SSIM, PSNR and a Fréchet distance.
     """
-    from volcast.runtime.artifact import read_artifact
+    from volcast.runtime.artifact import read_manifest
     from volcast.runtime.condition_text import parse_conditions
     from volcast.runtime.default_artifact import BUNDLE, default_artifact
+    from volcast.runtime.token_spec import TokenSpec
 
     folder = default_artifact() if artifact is None else artifact
-    given = parse_conditions(read_artifact(folder), condition)
+    spec = read_manifest(folder)
+    given = parse_conditions(spec, condition)
+    if isinstance(spec, TokenSpec):
+        if against is not None or steps is not None or guidance is not None or controlnets:
+            raise ValueError(
+                f"[verify] {spec.name} samples tokens: leave --against, --steps, --guidance and --controlnet out"
+            )
+        from .transformer_verify import verify_tokens
+
+        tokens = _read_tokens(BUNDLE if bundle is None else bundle, config, weights, settings)
+        _finish(verify_tokens(folder, tokens, engine=engine, seed=seed, condition=given), as_json)
+        return
     if against is None and samples is not None:
         raise ValueError("[verify] --samples is for --against: with MONAI one volume is compared")
     if against is not None and (
@@ -141,6 +156,10 @@ def verify(
             from .fidelity import SAMPLES, fidelity
 
             found = fidelity(folder, against, samples=SAMPLES if samples is None else samples, **common)
+    _finish(found, as_json)
+
+
+def _finish(found: Verification, as_json: bool) -> None:
     print(json.dumps(found.as_dict()) if as_json else found.as_text())
     if not found.passed:
         raise typer.Exit(1)

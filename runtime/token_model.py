@@ -37,6 +37,7 @@ class TokenModel:
     Attributes:
         spec: the manifest.
         engine: what runs it: `name`, `threads`.
+        order: int64 `[L]`, the place in the grid, counted in C order, of each token of the sequence.
     """
 
     def __init__(self, folder: Path, spec: TokenSpec, engine: Engine) -> None:
@@ -44,7 +45,7 @@ class TokenModel:
         self.engine = engine
         self._programs = Programs(folder, spec, engine)
         raster = np.arange(spec.length)
-        self._order = np.array(spec.order, np.int64) if spec.order else raster
+        self.order = np.array(spec.order, np.int64) if spec.order else raster
 
     def sample(
         self,
@@ -103,6 +104,16 @@ class TokenModel:
         drawn = [self._draw(part, seed, values, choice, None).tokens for part in parts]
         return self._grid(np.concatenate(drawn))
 
+    def traced(
+        self, seed: int = 0, *, condition: Condition | None = None, **settings: Unpack[ChoiceSettings]
+    ) -> tuple[Indices, NDArray[np.float32]]:
+        """`tokens(1, ...)` and the logits float32 `[1, L, tokens]` from which each token of the sequence was drawn."""
+        choice = Choice(**settings)
+        (part,) = self._parts(1, seed, 1, choice)
+        drawn = self._draw(part, seed, self._conditions(condition), choice, None, keep=True)
+        assert drawn.logits is not None
+        return self._grid(drawn.tokens), drawn.logits
+
     def encode(self, image: Volume | NDArray[np.generic]) -> Indices:
         """Code indices int64 `[N, *token_shape]` of images `[N, C, D, H, W]`, or of one `[D, H, W]` or `[C, D, H, W]`."""
         given = image.array if isinstance(image, Volume) else np.asarray(image)
@@ -156,7 +167,7 @@ class TokenModel:
         found = []
         for one in np.asarray(indices, np.int64).reshape(-1, self.spec.length):
             sequence = TokenSequence(self.spec, self._programs, 1, self._prepared(values, 1))
-            found.append(log_likelihoods(sequence, self.spec, one[self._order][None]))
+            found.append(log_likelihoods(sequence, self.spec, one[self.order][None]))
         return self._grid(np.concatenate(found))
 
     @property
@@ -167,7 +178,7 @@ class TokenModel:
     def _grid(self, values: NDArray[Any]) -> NDArray[Any]:
         """From the order of the sequence `[N, L]` to the grid `[N, *token_shape]`."""
         grid = np.empty_like(values)
-        grid[:, self._order] = values
+        grid[:, self.order] = values
         return grid.reshape(-1, *self.spec.token_shape)
 
     def _parts(self, n: int, seed: int, batch: int, choice: Choice) -> list[range]:
@@ -190,10 +201,18 @@ class TokenModel:
         return self._programs.call("prepare", repeated)
 
     def _draw(
-        self, part: Sequence[int], seed: int, values: Arrays, choice: Choice, on_step: OnStep | None
+        self,
+        part: Sequence[int],
+        seed: int,
+        values: Arrays,
+        choice: Choice,
+        on_step: OnStep | None,
+        keep: bool = False,
     ) -> Drawn:
         sequence = TokenSequence(self.spec, self._programs, len(part), self._prepared(values, len(part)))
-        return draw_sequences(sequence, self.spec, seed, part, choice, on_step or (lambda done, total: None))
+        return draw_sequences(
+            sequence, self.spec, seed, part, choice, on_step or (lambda done, total: None), keep
+        )
 
     def _run(
         self, parts: list[range], seed: int, values: Arrays, choice: Choice, on_step: OnStep | None

@@ -23,9 +23,13 @@ LARGEST_BLOCK = 256
 @final
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """Tokens int64 `[N, L]` in the order of the sequence, and the seconds within the network."""
+    """Tokens int64 `[N, L]` in the order of the sequence, the logits `[N, L, T]` they came from where they were kept,
+
+    and the seconds within the network.
+    """
 
     tokens: Indices
+    logits: NDArray[np.float32] | None
     network_seconds: float
 
 
@@ -70,7 +74,7 @@ class TokenSequence:
 
 def draw_sequences(
     sequence: TokenSequence, spec: TokenSpec, seed: int, samples: Sequence[int], choice: Choice,
-    on_token: Callable[[int, int], None],
+    on_token: Callable[[int, int], None], keep_logits: bool = False,
 ) -> Drawn:  # fmt: skip
     """One sequence for each of `samples`. Token t of a sample is decided by (seed, sample, t) alone.
 
@@ -78,12 +82,16 @@ def draw_sequences(
     """
     tokens = np.empty((len(samples), spec.length), np.int64)
     last = np.full((len(samples), 1), spec.bos_token, np.int64)
+    kept: list[NDArray[np.float32]] = []
     for position in range(spec.length):
-        logits = sequence.advance(last, position)[:, 0, : spec.num_codes]
-        last = draw(probabilities(logits, choice), uniforms(seed, samples, position))[:, None]
+        logits = sequence.advance(last, position)
+        kept += [logits] if keep_logits else []
+        p = probabilities(logits[:, 0, : spec.num_codes], choice)
+        last = draw(p, uniforms(seed, samples, position))[:, None]
         tokens[:, position] = last[:, 0]
         on_token(position + 1, spec.length)
-    return Drawn(tokens=tokens, network_seconds=sequence.network_seconds)
+    every = np.concatenate(kept, axis=1) if kept else None
+    return Drawn(tokens=tokens, logits=every, network_seconds=sequence.network_seconds)
 
 
 def log_likelihoods(sequence: TokenSequence, spec: TokenSpec, tokens: Indices) -> NDArray[np.float64]:

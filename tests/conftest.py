@@ -289,6 +289,42 @@ def default_artifact_folder(default_cache: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def controlled_cache(shared_folder: Any) -> Path:
+    """A cache folder into which volcast itself has exported the bundled model with its ControlNet, once a session."""
+    from volcast.runtime.default_artifact import default_artifact
+
+    def make(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XDG_CACHE_HOME", str(folder))
+            default_artifact(controlled=True)
+
+    return shared_folder("controlled cache", make)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokens(shared_folder: Any) -> Any:
+    """`folder(tiny) -> Path`: a bundle of `token_bundles.py` under `bundle`, exported under `artifact`, once for all."""
+    from volcast.export.transformer_artifact import export_transformer
+    from volcast.export.transformer_bundle import read_transformer
+
+    def make(tiny: Any, folder: Path) -> None:
+        export_transformer(read_transformer(tiny.write(folder / "bundle")), folder / "artifact")
+
+    return lambda tiny: shared_folder(f"tokens {tiny.dims}", functools.partial(make, tiny))
+
+
+@pytest.fixture(scope="session")
+def token_artifact_folder(shared_folder: Any) -> Path:
+    """The bundled VQVAE with its transformer, exported in float32, once for all. Copy it before a change."""
+    from volcast.export.transformer_artifact import export_transformer
+    from volcast.export.transformer_bundle import read_transformer
+    from volcast.runtime.default_artifact import BUNDLE
+
+    bundle = read_transformer(BUNDLE, config=Path("configs/transformer.json"))
+    return shared_folder("bundled tokens", functools.partial(export_transformer, bundle))
+
+
+@pytest.fixture(scope="session")
 def built(default_artifact_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model with device programs in float32. Copy it before a change."""
     from volcast.export.to_cuda import build_cuda

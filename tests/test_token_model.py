@@ -14,8 +14,6 @@ from monai.inferers import VQVAETransformerInferer
 from token_bundles import CODES, DEEP, FLAT, Tiny
 
 import volcast
-from volcast.export.transformer_artifact import export_transformer
-from volcast.export.transformer_bundle import read_transformer
 from volcast.runtime.artifact import read_artifact
 from volcast.runtime.token_model import TokenModel
 from volcast.runtime.token_sequence import TokenSequence
@@ -24,16 +22,9 @@ Pair = tuple[Tiny, TokenModel]
 
 
 @pytest.fixture(scope="session")
-def opened(shared_folder: Callable[..., Path]) -> Callable[[Tiny], TokenModel]:
-    """`open(tiny) -> TokenModel`, exported once for all."""
-
-    def make(tiny: Tiny, folder: Path) -> None:
-        bundle = tiny.write(folder / "bundle")
-        export_transformer(read_transformer(bundle), folder / "artifact")
-
+def opened(tiny_tokens: Callable[[Tiny], Path]) -> Callable[[Tiny], TokenModel]:
     def model(tiny: Tiny) -> TokenModel:
-        folder = shared_folder(f"tokens {tiny.dims}", lambda folder: make(tiny, folder))
-        found = volcast.load(folder / "artifact", engine="onnxruntime", threads=1)
+        found = volcast.load(tiny_tokens(tiny) / "artifact", engine="onnxruntime", threads=1)
         assert isinstance(found, TokenModel)
         return found
 
