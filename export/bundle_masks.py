@@ -101,10 +101,11 @@ def plan_masks(
         taken = [one.name for one in conditions if one.name == base or one.name.startswith(f"{base}_")]
         name = base if not taken else f"{base}_{len(taken) + 1}"
         if table is None:
-            text = f"what {seen_by} is shown, {channels} channels"
+            text = f"required: what {seen_by} is shown, {channels} channels"
             conditions.append(ConditionSpec(name=name, shape=(channels, *axes), description=text))
             return name
         encodings[name] = table
+        named = ", ".join(f"{value} {label[:40]}" for value, label in enumerate(names[:32]))
         conditions.append(
             ConditionSpec(
                 name=name,
@@ -113,7 +114,7 @@ def plan_masks(
                 minimum=0,
                 maximum=len(table) - 1,
                 labels=tuple(names),
-                description=f"label map for {seen_by}",
+                description=f"required: a label map for {seen_by}" + (f": {named}" if named else ""),
             )
         )
         return name

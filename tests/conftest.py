@@ -14,7 +14,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +190,7 @@ def generative_keys() -> Any:
 
 @pytest.fixture(scope="session")
 def make_zoo_bundle(generative_keys: Any) -> Any:
-    """`make(root, name, **settings) -> Bundle`: see `zoo_bundle`; its files go under `root`."""
+    """`make(root, name, controlnets=(), **settings) -> Bundle`: see `zoo_bundle`; its files go under `root`."""
     import torch
 
     from volcast.export.bundle import read_bundle
@@ -198,16 +198,17 @@ def make_zoo_bundle(generative_keys: Any) -> Any:
 
     configs = Path(__file__).parent / "configs"
 
-    def make(root: Path, name: str, **settings: Any) -> Any:
+    def make(root: Path, name: str, controlnets: Sequence[str] = (), **settings: Any) -> Any:
         narrow = json.loads((configs / "narrow.json").read_text())[name]
         narrow |= {key.replace("__", "#"): value for key, value in settings.items()}
         source = next(configs.glob(f"{name}.[jy]*"))
         file = root / name / "configs" / f"inference{source.suffix}"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(source.read_bytes())
-        plan = plan_bundle(root / name, settings=narrow)
+        plan = plan_bundle(root / name, settings=narrow, controlnets=controlnets)
         generator = torch.Generator().manual_seed(0)
-        for role, network in (("unet", plan.unet), ("autoencoder", plan.autoencoder)):
+        networks = [("unet", plan.unet), ("autoencoder", plan.autoencoder)]
+        for role, network in [*networks, *((control.id, control) for control in plan.controls)]:
             if network is None:
                 continue
             old = "brats" in name or "brain" in name
@@ -220,7 +221,7 @@ def make_zoo_bundle(generative_keys: Any) -> Any:
             path.parent.mkdir(exist_ok=True)
             content = generative_keys(state) if old else state
             torch.save({keys[0]: content, "scale_factor": torch.tensor(0.75)} if keys else content, path)
-        return read_bundle(root / name, settings=narrow)
+        return read_bundle(root / name, settings=narrow, controlnets=controlnets)
 
     return make
 
