@@ -39,15 +39,13 @@ def plan_controls(read: Config, ids: Sequence[str], unet: NetworkPlan) -> tuple[
     plans: list[NetworkPlan] = []
     for id in ids:
         component = read.need(id) if id in read else None
-        plan = None
-        if isinstance(component, Component):
-            target = str(read.raw(component.id).get("_target_"))
-            plan = plan_network(component.id, target, read.arguments(component.id))
-        if plan is None or plan.kind.role != "controlnet":
+        if not isinstance(component, Component) or component.id not in there:
             names = ", ".join(there) or "none"
             raise ValueError(
                 f"[bundle] --controlnet {one_line(id)}: no ControlNet of the config; there: {names}"
             )
+        target = str(read.raw(component.id).get("_target_"))
+        plan = plan_network(component.id, target, read.arguments(component.id))
         if plan.id in [other.id for other in plans]:
             raise ValueError(f"[bundle] --controlnet {plan.id} is given twice; give it once")
         _check_fit(plan, unet)

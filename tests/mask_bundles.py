@@ -30,7 +30,9 @@ SCHEDULER = {
 LABELS = ["background", "liver", "tumour"]
 
 
-def controlnet(unet: dict[str, Any], hint_channels: int, embedding: list[int], **changes: Any) -> dict[str, Any]:
+def controlnet(
+    unet: dict[str, Any], hint_channels: int, embedding: list[int], **changes: Any
+) -> dict[str, Any]:
     shared = {key: value for key, value in unet.items() if key != "out_channels"}
     shared |= {"_target_": "ControlNet", "conditioning_embedding_in_channels": hint_channels}
     return shared | {"conditioning_embedding_num_channels": embedding} | changes
