@@ -19,6 +19,7 @@ Lane = tuple[Array, Array, list[Array], Callable[[], Array]]
 COUNTS = (1, 2, 4, 8)
 GAIN = 0.97
 """A larger batch has to take at most this part of the time a sample of the best smaller one."""
+ROUNDS = 3
 
 
 @final
@@ -49,11 +50,11 @@ def open_lanes(
     A larger batch is dropped where a sample's bits differ from those at batch 1, where it is slower a sample, or where
     the engine refuses it.
     """
-    lanes, reports = [], []
+    lanes: dict[int, Lane] = {}
+    same: dict[int, bool] = {}
     rng = np.random.default_rng(0)
     values = {"x": rng.standard_normal((max(counts), *x), np.float32)}
     values["row"] = 0.1 * rng.standard_normal((max(counts), row), np.float32)
-    best = float("inf")
     expected = np.empty(0)
     for count in sorted({1, *counts}):
         try:
@@ -66,16 +67,35 @@ def open_lanes(
         for into, value in zip(lane[2], inputs.values(), strict=True):
             into[:] = value
         out = np.array(lane[3]())
-        seconds = min(_timed(lane[3]) for _ in range(3)) / count
         if count == 1:
             expected = np.concatenate([out, *(_alone(lane, values, n) for n in range(1, max(counts)))])
-        same = bool((out == expected[:count]).all())
-        used = count == 1 or (same and seconds <= GAIN * best)
-        if used:
-            lanes.append(lane)
-            best = seconds
-        reports.append(LaneReport(count=count, sample_s=seconds, same_bits=same, used=used))
-    return lanes, reports
+        lanes[count], same[count] = lane, bool((out == expected[:count]).all())
+    seconds = _seconds(lanes)
+    best, reports = 1, []
+    for count in lanes:
+        gains = float(np.median(seconds[count] / seconds[best])) <= GAIN
+        used = count == 1 or (same[count] and gains)
+        best = count if used else best
+        reports.append(
+            LaneReport(
+                count=count, sample_s=float(np.median(seconds[count])), same_bits=same[count], used=used
+            )
+        )
+    return [lanes[report.count] for report in reports if report.used], reports
+
+
+def _seconds(lanes: Mapping[int, Lane]) -> dict[int, NDArray[np.float64]]:
+    """Seconds a sample in each of `ROUNDS`. A round has as many samples at batch 1 as in the largest call: on a busy machine
+    a call alone is disturbed the less the shorter it is."""
+    found: dict[int, list[float]] = {count: [] for count in lanes}
+    for _ in range(ROUNDS):
+        for count, lane in lanes.items():
+            calls = max(lanes) if count == 1 else 1
+            began = time.perf_counter()
+            for _ in range(calls):
+                lane[3]()
+            found[count].append((time.perf_counter() - began) / (calls * count))
+    return {count: np.array(taken) for count, taken in found.items()}
 
 
 def _lane(programs: Programs, count: int, x: tuple[int, ...], row: int, inputs: Mapping[str, Array]) -> Lane:
@@ -95,9 +115,3 @@ def _lane(programs: Programs, count: int, x: tuple[int, ...], row: int, inputs: 
 def _alone(lane: Lane, values: Mapping[str, Array], n: int) -> Array:
     lane[0][:], lane[1][:] = values["x"][n], values["row"][n]
     return np.array(lane[3]())
-
-
-def _timed(call: Callable[[], Array]) -> float:
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
