@@ -38,7 +38,7 @@ class BatchMemory:
     def admit(self, job: Job) -> None:
         """Keep room for one sample of a job. Raises ValueError, with the least that would do, where there is none."""
         sizes = job_sizes(self._spec, job, 1)
-        once = {
+        once: dict[str, Footprint] = {
             name: _larger(self._memory.footprint(name, sizes), self._once.get(name))
             for name in ("schedule", "prepare") if name in self._spec.programs
         }  # fmt: skip

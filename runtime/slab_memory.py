@@ -23,10 +23,20 @@ FLOPS_MS, BYTES_MS, CALL_MS = 5e7, 1e7, 0.1
 @final
 @dataclass(frozen=True)
 class _Cost:
-    """A pass at one height: bytes beyond what was stored before it and what it stores, and milliseconds."""
+    """A pass at one height, in bytes beyond what was stored before it.
 
-    peak: int
+    `making`: while a slab is made; `made`: when one is to be stored, the rows that were copied for it gone. `single`: one
+    slab makes everything. `milliseconds` of all slabs.
+    """
+
+    making: int
+    made: int
+    single: bool
     milliseconds: float
+
+    def peak(self, stores: int) -> int:
+        """With what the pass stores: memory that is not touched before the first slab is made."""
+        return max(self.making + (0 if self.single else stores), self.made + stores)
 
 
 @final
@@ -64,23 +74,23 @@ class SlabMemory:
             live += sum(map(self._moments, one.moments))
             taken = overwritten(self._program, one)
             new = sum(map(self.bytes, one.stores)) if taken is None else 0
-            one, cost = self._fit(one, limit - live - new)
+            one, cost = self._fit(one, new, limit - live)
             passes.append(one)
-            peak, milliseconds = max(peak, live + new + cost.peak), milliseconds + cost.milliseconds
+            peak, milliseconds = max(peak, live + cost.peak(new)), milliseconds + cost.milliseconds
             live += new - sum(map(self._moments, one.forgets))
             live -= sum(self.bytes(name) for name in one.frees if name != taken)
         return Outcome(tuple(passes), peak, milliseconds)
 
-    def _fit(self, one: Pass, room: float) -> tuple[Pass, _Cost]:
-        """The tallest that fits; where none does, what takes least."""
+    def _fit(self, one: Pass, stores: int, room: float) -> tuple[Pass, _Cost]:
+        """The tallest that fits with the bytes that it stores; where none does, what takes least."""
         target = one.indices[-1]
         depth = self._program.depth(self._program.operations[target].segment.value)
         least: tuple[Pass, _Cost] | None = None
         for height in [0] if target in self._program.whole else heights(depth):
             cost = self._cost(one, height)
-            if cost.peak <= room:
+            if cost.peak(stores) <= room:
                 return replace(one, height=height), cost
-            if least is None or cost.peak < least[1].peak:
+            if least is None or cost.peak(stores) < least[1].peak(stores):
                 least = replace(one, height=height), cost
         assert least is not None
         return least
@@ -107,7 +117,12 @@ class SlabMemory:
             made = {name: size for name, size in made.items() if last[name] != index}
             peak = max(peak, held + sum(made.values()) + copied + footprint.call)
             made[program.operations[index].segment.value] = footprint.call
-        return _Cost(peak, len(slabs.starts) * sum(milliseconds for _, milliseconds in calls.values()))
+        return _Cost(
+            making=peak,
+            made=held + calls[one.indices[-1]][0].call,
+            single=len(slabs.starts) == 1,
+            milliseconds=len(slabs.starts) * sum(milliseconds for _, milliseconds in calls.values()),
+        )
 
     def _copied(self, index: int, slabs: Slabs) -> int:
         """Bytes of the rows that are copied for a call; whole values go in as they are."""
