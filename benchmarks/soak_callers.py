@@ -199,9 +199,11 @@ class Relay:
         self._server = (host, int(port))
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        self._sockets: list[socket.socket] = [self._listener]
-        self._threads = [threading.Thread(target=self._accept, daemon=True)]
-        self._threads[0].start()
+        self._sockets: list[socket.socket] = []
+        self._cut, self._known = False, threading.Lock()
+        self._threads: list[threading.Thread] = []
+        self._keep(self._listener)
+        self._begin(self._accept)
 
     def __enter__(self) -> Relay:
         return self
@@ -212,27 +214,47 @@ class Relay:
             thread.join()
 
     def cut(self) -> None:
-        for one in self._sockets:
-            with suppress(OSError):
-                # Lingering for no time: the peer gets RST.
-                one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                one.shutdown(socket.SHUT_RD)
-            one.close()
+        with self._known:
+            self._cut = True
+            for one in self._sockets:
+                _reset(one)
+
+    def _keep(self, one: socket.socket) -> None:
+        with self._known:
+            self._sockets.append(one)
+            if self._cut:
+                _reset(one)
+
+    def _begin(self, target: Callable[..., None], *given: socket.socket) -> None:
+        self._threads.append(threading.Thread(target=target, args=given, daemon=True))
+        self._threads[-1].start()
 
     def _accept(self) -> None:
         with suppress(OSError):
             ours, _ = self._listener.accept()
-            self._sockets.append(ours)
-            self._listener.close()  # gRPC would connect again
+            self._keep(ours)
+            _reset(self._listener)  # gRPC would connect again
             theirs = socket.create_connection(self._server, timeout=60)
-            self._sockets.append(theirs)
-            for source, sink in ((ours, theirs), (theirs, ours)):
-                thread = threading.Thread(target=_copy, args=(source, sink), daemon=True)
-                self._threads.append(thread)
-                thread.start()
+            theirs.settimeout(None)
+            self._keep(theirs)
+            self._begin(_copy, ours, theirs)
+            self._begin(_copy, theirs, ours)
+            return
+        self.cut()  # no server: who came is not to wait for it
+
+
+def _reset(one: socket.socket) -> None:
+    with suppress(OSError):
+        # Lingering for no time: the peer gets RST. The shutdown wakes who reads or writes.
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        one.shutdown(socket.SHUT_RDWR)
+    one.close()
 
 
 def _copy(source: socket.socket, sink: socket.socket) -> None:
     with suppress(OSError):
         while content := source.recv(65536):
             sink.sendall(content)
+    # What one side has ended ends for the other.
+    _reset(source)
+    _reset(sink)
