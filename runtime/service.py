@@ -101,6 +101,8 @@ class Service:
             reply.fail("invalid", str(error))
             return
         if asked.cancel is not None:
+            if region is not None:
+                region.close()
             self._withdraw(asked.cancel)
             reply.finish()
             return
