@@ -117,7 +117,7 @@ class AsyncClient:
                     pass
                 while await reading is not grpc.aio.EOF:
                     reading = asyncio.ensure_future(call.read())
-        except (grpc.RpcError, TimeoutError, asyncio.CancelledError, asyncio.InvalidStateError):
+        except (Exception, asyncio.CancelledError):  # noqa: BLE001  (nobody is left to hear of it)
             call.cancel()
 
     def _stub(self) -> Any:
