@@ -71,10 +71,13 @@ class Pulse:
         still = any(now.get(one) == ticks for one, ticks in self._ran.items())
         return waited > (STILL_S - 0.5 if still else HANG_S)
 
-    def samples(self, tensors: Mapping[str, Array], stopped: Callable[[], bool]) -> str | None:
-        """Ask for a volume, for as long as it takes: why none comes; None: one does, or `stopped` has become true."""
+    def samples(
+        self, tensors: Mapping[str, Array], limit_s: float, stopped: Callable[[], bool]
+    ) -> str | None:
+        """Ask for a volume: why none comes within `limit_s`; None: one does, or `stopped` has become true."""
+        found: list[str] = []
+        end = time.monotonic() + limit_s
         with Client(self._address, self._model) as client:
-            found: list[str] = []
 
             def ask() -> None:
                 try:
@@ -85,11 +88,12 @@ class Pulse:
 
             thread = threading.Thread(target=ask, name="volcast samples", daemon=True)
             thread.start()
-            while thread.is_alive() and self._lost() is None and not stopped():
+            while thread.is_alive() and self._lost() is None and not stopped() and time.monotonic() < end:
                 thread.join(0.05)
             lost = self._lost()
         thread.join()
-        return None if stopped() else lost or found[0] or None
+        late = f"no volume within {limit_s:g} s"
+        return None if stopped() else lost or (late if time.monotonic() > end else found[0]) or None
 
     def idle(self) -> bool:
         """Whether the model says that it has answered all that it was asked."""

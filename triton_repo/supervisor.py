@@ -72,7 +72,12 @@ class Supervisor:
         *,
         drain_s: int = 30,
     ) -> None:
-        """`first`: inputs of a request that a server must answer before it counts as ready. `tell` gets a line for what happens: ready, restarted, stopped. `drain_s`: for requests under way at a stop."""
+        """
+        Args:
+            first: inputs of a request that a server must answer before it counts as ready.
+            tell: gets a line for what happens: ready, restarted, stopped.
+            drain_s: for requests under way at a stop.
+        """
         self._installation, self._repository, self._model = installation, repository, model
         self._ports, self._first, self._tell, self._drain_s = ports, first, tell, drain_s
         self._prefix = f"volcast_{os.getpid()}_{_namespace()}_"
@@ -144,7 +149,7 @@ class Supervisor:
                 return fault
             self._stop.wait(0.1)
             fault = pulse.fault()
-        return pulse.samples(self._first, self._stop.is_set)
+        return pulse.samples(self._first, max(0.0, end - time.monotonic()), self._stop.is_set)
 
     def _watch(self, pulse: Pulse) -> str | None:
         """Until a fault, which it names, or `stop`: None."""
