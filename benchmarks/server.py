@@ -9,7 +9,7 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, final
@@ -59,8 +59,9 @@ def start_server(
 
 def _pass_on(lines: IO[str]) -> None:
     # A restart explains figures that nobody would understand.
-    for line in lines:
-        sys.stderr.write(line)
+    with suppress(ValueError):  # closed, at the end
+        for line in lines:
+            sys.stderr.write(line)
 
 
 def read_counts(address: str) -> dict[str, float]:

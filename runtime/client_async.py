@@ -78,8 +78,9 @@ class AsyncClient:
         try:
             stub = self._stub()
             if not self._messages.known:
-                index = await stub.RepositoryIndex(self._messages.index())
-                self._messages.learn(await stub.ModelMetadata(self._messages.metadata(index)))
+                index = await stub.RepositoryIndex(self._messages.index(), timeout=timeout_s)
+                question = self._messages.metadata(index)
+                self._messages.learn(await stub.ModelMetadata(question, timeout=timeout_s))
             message = self._messages.request({**given, "ticket": ticket})
             call = stub.ModelStreamInfer(iter([message]), timeout=timeout_s)
             while True:
