@@ -6,7 +6,7 @@ import secrets
 import threading
 import time
 from collections.abc import Generator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any, Unpack, final
 
 from .exchange import CHANNEL_OPTIONS, WITHDRAW_S, Exchange, Messages, RequestOptions, Unavailable
@@ -89,13 +89,25 @@ class Client:
 
         Closing the generator cancels the request. Raises as `sample_many`.
         """
+        return self._answers(given, timeout_s, WITHDRAW_S)
+
+    def _answers(
+        self, given: Mapping[str, Any], timeout_s: float | None, grace_s: float
+    ) -> Generator[dict[str, Array], None, None]:
+        """`grace_s`: after `timeout_s`, for the model to end the request, before gRPC cuts its stream."""
         import grpc
 
         call, failure, ticket, left = None, None, secrets.randbits(64), True
+        late = threading.Event()
+        timer = threading.Timer(timeout_s or 0.0, self._expire, (ticket, late))
+        timer.daemon = True
         try:
             self._learn(timeout_s)
             message = self._messages.request({**given, "ticket": ticket})
-            call = self._stub.ModelStreamInfer(iter([message]), timeout=timeout_s)
+            hard = None if timeout_s is None else timeout_s + grace_s
+            call = self._stub.ModelStreamInfer(iter([message]), timeout=hard)
+            if timeout_s is not None and grace_s:
+                timer.start()
             for response in call:
                 if response.error_message:
                     # Raised at the end: Triton 24.10 keeps a request open for ever whose stream is cut before.
@@ -104,13 +116,24 @@ class Client:
                     yield self._messages.tensors(response)
             left = False
             if failure is not None:
-                raise failure
+                raise self._messages.late() if late.is_set() else failure
         except grpc.RpcError as error:
             left = False
             raise self._messages.failed(error) from error
         finally:
+            timer.cancel()
             if call is not None and left:
                 self._withdraw(call, ticket)
+
+    def _expire(self, ticket: int, late: threading.Event) -> None:
+        import grpc
+
+        late.set()
+        with suppress(grpc.RpcError, ValueError):
+            for _ in self._stub.ModelStreamInfer(
+                iter([self._messages.request({"cancel": ticket})]), timeout=WITHDRAW_S
+            ):
+                pass
 
     def _withdraw(self, call: Any, ticket: int) -> None:
         """Ask the model to end a request, and read its stream to the end: Triton 24.10 may die of one that is cut."""
@@ -146,7 +169,7 @@ class Client:
         whose process is dead. Raises as `sample_many`.
         """
         try:
-            for _ in self.answers({"num_samples": 0}, timeout_s):
+            for _ in self._answers({"num_samples": 0}, timeout_s, 0.0):
                 pass
         except ValueError as error:
             if "num_samples=0" not in str(error):

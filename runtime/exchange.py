@@ -28,7 +28,7 @@ CHANNEL_OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]  # fmt: skip
 
-WITHDRAW_S = 2.0
+WITHDRAW_S = 5.0
 """For a model to say that it has ended a request; then its stream is cut."""
 _COME_BACK = (
     "retry in|the server stops|Server is stopping|Server not ready|no available versions|is not healthy|is not ready|"
@@ -221,13 +221,16 @@ class Messages:
             return Unavailable(text)
         return CancelledError(text) if "cancelled" in text else ValueError(text)
 
+    def late(self) -> TimeoutError:
+        return TimeoutError(f"[client] {self._address} did not answer in time")
+
     def failed(self, error: Any) -> Exception:
         """The error that a `grpc.RpcError` stands for."""
         import grpc
 
         code, text = error.code(), " ".join(str(error.details()).split())
         if code == grpc.StatusCode.DEADLINE_EXCEEDED:
-            return TimeoutError(f"[client] {self._address} did not answer in time")
+            return self.late()
         if code == grpc.StatusCode.UNAVAILABLE:
             return Unavailable(f"[client] {self._address}: {text}")
         if code == grpc.StatusCode.CANCELLED:
