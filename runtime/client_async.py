@@ -82,11 +82,13 @@ class AsyncClient:
                 question = self._messages.metadata(index)
                 self._messages.learn(await stub.ModelMetadata(question, timeout=timeout_s))
             message = self._messages.request({**given, "ticket": ticket})
-            call = stub.ModelStreamInfer(iter([message]), timeout=timeout_s)
+            end = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
+            call = stub.ModelStreamInfer(iter([message]))
             while True:
                 # gRPC would cut the stream of a task that is cancelled while it reads: see `_withdraw`.
                 reading = asyncio.ensure_future(call.read())
-                response = await asyncio.shield(reading)
+                async with asyncio.timeout_at(end):
+                    response = await asyncio.shield(reading)
                 if response is grpc.aio.EOF:
                     break
                 if response.error_message:
@@ -100,6 +102,8 @@ class AsyncClient:
         except grpc.RpcError as error:
             left = False
             raise self._messages.failed(error) from error
+        except TimeoutError as error:
+            raise self._messages.late() from error
         finally:
             if call is not None and reading is not None and left:
                 # Not awaited here, where a cancelled task may wait for nothing any more.
