@@ -121,7 +121,8 @@ def test_a_restart_of_the_server_loses_no_request(gaussian: Path, served: Served
             assert steps == sorted(set(steps)) and steps[-1] == 1000
         # All are fetched, so that the end of the gateway does not wait for it.
         contents = [client.get(volumes[sample]).content for sample in range(24)]
-        contents = [contents[0], late.result(120).content]
+        assert late.result(120).status_code == 200, late.result().text
+        contents = [contents[0], late.result().content]
     with load(gaussian, engine="onnxruntime", threads=1) as model:
         expected = [model.sample(6, steps=1000, size=(16, 16, 16)), model.sample(2, steps=3)]
     for content, alone in zip(contents, expected, strict=True):

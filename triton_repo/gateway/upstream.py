@@ -17,7 +17,7 @@ from volcast.runtime.interface import Array
 from .refusal import Refusal
 
 LOST = 4
-"""How many servers a request may lose: one that ends them must not be sent for ever."""
+"""How many servers a request may lose after they began to answer: one that ends them must not be sent for ever."""
 _OWN = re.compile(r"\[(request|sample|condition)\] ")
 _STOPS = "[gateway] the server stops; ask again"
 
@@ -51,11 +51,12 @@ class Upstream:
         since: float | None = None
         lost, pause = 0, 0.1
         while True:
+            answered = False
             try:
                 async with aclosing(self._once(tensors)) as once:
                     async for answer in once:
                         yield answer
-                        since, pause = None, 0.1
+                        since, pause, answered = None, 0.1, True
                 return
             except Unavailable as error:
                 # Who was taken before is not sent away because others were quicker at the new server.
@@ -63,7 +64,8 @@ class Upstream:
                 if not resend or self._stopped.is_set() or (full and since is None):
                     raise _refusal(error) from error
                 since = time.monotonic() if since is None else since
-                lost += not full and "connect" not in str(error)
+                # Without an answer it is patience that ends it: a server that starts refuses many times.
+                lost += answered
                 if lost > LOST or time.monotonic() + pause > since + self._patience_s:
                     raise _refusal(error) from error
             self._on_resend()
