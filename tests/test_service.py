@@ -185,7 +185,7 @@ def test_a_ticket_cancels_without_waiting_for_the_step(opened: Any) -> None:
 
 
 def test_a_cancellation_may_come_before_its_request(opened: Any) -> None:
-    model, service = opened
+    _, service = opened
     heard, word, next_one = Heard(), Heard(), Heard()
     service.accept(tickets(cancel=2**64 - 1), word)
     service.accept({**given(steps=5), **tickets(ticket=2**64 - 1)}, heard)

@@ -64,6 +64,8 @@ class Pulse:
 
     def _hangs(self, began: float, ran: dict[int, int]) -> bool:
         """Of a probe that was not answered since `began`: whether it is one that no later one would change."""
+        if any((_stat(one) or " ")[0] in "Tt" for one in (self._server.pid, *self._children)):
+            return True  # stopped by a signal
         if not self._asked:
             self._asked, self._ran = began, ran
         waited, now = time.monotonic() - self._asked, self._ticks()
