@@ -112,6 +112,14 @@ def _is_identity(node: Node) -> bool:
     return False
 
 
+def _owns_memory(node: Node) -> bool:
+    """What it gives shares no memory with a value that anybody else reads."""
+    source = argument(node, 0) if node.target in IDENTITIES else None
+    if isinstance(source, Node) and len(source.users) == 1:  # `contiguous`, of a value that only it reads
+        return _owns_memory(source)
+    return str(node.target).removeprefix("aten.").split(".")[0] in FRESH
+
+
 def _without_mutation(graph_module: GraphModule) -> GraphModule:
     """`a.add_(b)` becomes `a.add(b)` for every later reader of a (MAISI adds its class embedding in place).
 
@@ -124,9 +132,7 @@ def _without_mutation(graph_module: GraphModule) -> GraphModule:
             continue
         written: Node = argument(node, 0)
         earlier = [user for user in written.users if order[user] < order[node]]
-        if not all(
-            str(one.target).removeprefix("aten.").split(".")[0] in FRESH for one in (written, *earlier)
-        ):
+        if not all(_owns_memory(one) for one in (written, *earlier)):
             raise ValueError(f"[capture] {node.target} writes into {written.target}, which others read")
         node.target = getattr(getattr(aten, name[:-1]), overload)
         later = [user for user in written.users if user is not node and order[user] > order[node]]
