@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Unpack, final
 
@@ -70,7 +69,7 @@ class TokenModel:
     ) -> Iterator[Volume]:
         """`n` volumes, `batch` at a time. Token t of sample i is decided by (seed, i, t), whatever the batch.
 
-        The same bits in any batch need an engine whose products do not depend on it, as ONNX Runtime's on CPUs.
+        A sample has the same bits in any batch where the engine's products do not depend on it (docs/transformer.md).
 
         Args:
             n: 1..1,000,000.
@@ -255,8 +254,7 @@ def load_tokens(
     threads: int | None = None,
     memory_limit: int | str | None = None,
 ) -> TokenModel:
-    """What `load` gives for the artifact of a token model. "auto" is ONNX Runtime where it is installed, whose bits are
-    the same in any batch.
+    """What `load` gives for the artifact of a token model. Arguments as `load` has them.
 
     Raises ValueError: a diffusion model, an engine for another device, or a memory limit, which nothing keeps here.
     """
@@ -266,8 +264,6 @@ def load_tokens(
         )
     if memory_limit is not None:
         raise ValueError(f"[load] memory_limit: {spec.name} samples tokens, which keeps none; leave it out")
-    if engine == "auto" and find_spec("onnxruntime") is not None:
-        engine = "onnxruntime"
     if isinstance(spec, TokenSpec):
         return TokenModel(
             folder, spec, engine if isinstance(engine, Engine) else open_engine(engine, threads)
