@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import final
 
 from .footprint import EngineMemory, Footprint
@@ -24,12 +26,45 @@ LIBRARY = 43 * 2**20
 def footprint(graph: OnnxGraph, values: Mapping[str, Sized]) -> Footprint:
     """Weights stay as they are in the file and as kernels want them; values lie in one planned block, inputs and
     outputs in tensors of their own, and the outputs are copied out."""
+    graph = integers(graph)
     heap = Heap()
     run(graph, values, heap)
     weights = weight_bytes(graph, values)
     inputs, outputs = (sum(values[name].bytes for name in names) for names in (graph.inputs, graph.outputs))
     held = weights * 21 // 10 + NODE * len(graph.nodes) + inputs + heap.peak + outputs
     return Footprint(opening=weights, held=held, call=outputs)
+
+
+def integers(graph: OnnxGraph) -> OnnxGraph:
+    """As low precision runs it: layers read int8 values and weights as they are, a convolution rounds its own result, and
+    other values are rounded, and convolved, as soon as they are made."""
+    rounded = {node.outputs[0]: node.inputs[0] for node in graph.nodes if node.kind == "DequantizeLinear"}
+    read = [
+        replace(node, inputs=tuple(rounded.get(name, name) for name in node.inputs))
+        for node in graph.nodes
+        if node.kind != "DequantizeLinear"
+    ]
+    readers, nodes, done = _readers(read), list[Node](), set[str]()
+
+    def place(node: Node) -> None:
+        if node.outputs[0] in done:
+            return
+        done.update(node.outputs)
+        pairs = [one for one in readers.get(node.outputs[0], ()) if one.kind == "QuantizeLinear"]
+        if pairs and node.kind in CONVOLUTIONS and len(readers[node.outputs[0]]) == 1:
+            done.update(pairs[0].outputs)
+            nodes.append(replace(node, outputs=pairs[0].outputs))
+            return
+        nodes.append(node)
+        for one in pairs or [
+            one for one in readers.get(node.outputs[0], ()) if node.kind == "QuantizeLinear"
+        ]:
+            if one.kind == "QuantizeLinear" or one.kind in CONVOLUTIONS:
+                place(one)
+
+    for node in read:
+        place(node)
+    return replace(graph, nodes=tuple(nodes))
 
 
 MEMORY = EngineMemory(library_bytes=LIBRARY, footprint=footprint)
@@ -53,14 +88,15 @@ class _State:
     def __init__(self, walk: Walk, nodes: Sequence[Node], constant: frozenset[str]) -> None:
         self._walk, self._constant = walk, constant
         self._last: set[str] = set()  # values that lie channels last
-        self._readers: dict[str, list[Node]] = {}
-        for node in nodes:
-            for name in node.inputs:
-                self._readers.setdefault(name, []).append(node)
-        self._inside = _attention(nodes, self._readers)
+        self._readers = _readers(nodes)
+        self._inside = _attention(nodes, self._readers) | _gates(nodes, self._readers)
+        places = collections.defaultdict(int, {one.outputs[0]: at for at, one in enumerate(nodes)})
         self._added: dict[str, str] = {}  # what a convolution makes -> the sum that it makes as well
         for node in nodes:
-            for name in node.inputs if node.kind == "Add" else ():
+            # The term that is made last makes the sum.
+            for name in (
+                sorted(node.inputs, key=places.__getitem__, reverse=True) if node.kind == "Add" else ()
+            ):
                 self._find_sum(nodes, node, name)
 
     def _find_sum(self, nodes: Sequence[Node], node: Node, name: str) -> None:
@@ -89,8 +125,15 @@ class _State:
             self._convolution(inputs[0], made[0])
         elif node.kind == "GroupNormalization":
             self._group_norm(inputs[0], made[0])
+        elif node.kind == "QuantizeLinear":
+            walk.make(made[0])
+            self._last.add(made[0])
+            walk.read(inputs)
         elif made[0] in self._added.values():
             self._sum(made[0], inputs)
+        elif made[0] in self._inside:
+            walk.make(made[0], 0)
+            walk.read(inputs)
         elif node.kind in UNARY | BINARY | EITHER:
             if any(name in self._last for name in inputs):
                 self._last.update(made)
@@ -101,7 +144,7 @@ class _State:
             walk.read(inputs)
         else:
             for name in made:
-                walk.make(name, 0 if name in self._inside else None)
+                walk.make(name)
             walk.read(inputs)
 
     def _convolution(self, x: str, made: str) -> None:
@@ -143,6 +186,25 @@ class _State:
             walk.memory.give(first)
         else:
             walk.read([x])
+
+
+def _readers(nodes: Sequence[Node]) -> dict[str, list[Node]]:
+    readers: dict[str, list[Node]] = {}
+    for node in nodes:
+        for name in node.inputs:
+            readers.setdefault(name, []).append(node)
+    return readers
+
+
+def _gates(nodes: Sequence[Node], readers: Mapping[str, Sequence[Node]]) -> set[str]:
+    """sigmoid(x) of x * sigmoid(x), which is one operator."""
+    return {
+        node.outputs[0]
+        for node in nodes
+        if node.kind == "Sigmoid"
+        and [one.kind for one in readers.get(node.outputs[0], ())] == ["Mul"]
+        and node.inputs[0] in readers[node.outputs[0]][0].inputs
+    }
 
 
 def _attention(nodes: Sequence[Node], readers: Mapping[str, Sequence[Node]]) -> set[str]:
