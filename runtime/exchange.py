@@ -231,7 +231,8 @@ class Messages:
         code, text = error.code(), " ".join(str(error.details()).split())
         if code == grpc.StatusCode.DEADLINE_EXCEEDED:
             return self.late()
-        if code == grpc.StatusCode.UNAVAILABLE:
+        # The latter is what gRPC for asyncio says of a connection that breaks under a request (status INTERNAL).
+        if code == grpc.StatusCode.UNAVAILABLE or text == "Internal error from Core":
             return Unavailable(f"[client] {self._address}: {text}")
         if code == grpc.StatusCode.CANCELLED:
             return CancelledError(f"[client] {text}")

@@ -18,7 +18,7 @@ from volcast.triton_repo.gateway.upstream import Upstream
 
 
 class Server(service_pb2_grpc.GRPCInferenceServiceServicer):
-    """`says` is a line for each stream: an error's text, "volume", or "lost": an answer, and then the connection breaks."""
+    """`says` is a line for each stream: an error's text, "volume", "broken" (the connection) or "lost" (an answer first)."""
 
     def __init__(self, *says: str) -> None:
         self.says = list(says)
@@ -37,6 +37,8 @@ class Server(service_pb2_grpc.GRPCInferenceServiceServicer):
             if any(one.name == "cancel" for one in request.inputs):
                 continue
             said = self.says.pop(0)
+            if said == "broken":
+                context.abort(grpc.StatusCode.INTERNAL, "Internal error from Core")
             if said in ("volume", "lost"):
                 answer = service_pb2.ModelInferResponse(id=request.id)
                 answer.outputs.add(name="kind", datatype="UINT8", shape=[6])
@@ -79,6 +81,7 @@ STARTS = "Request for model is not at ready state"
 
 def test_a_server_that_starts_may_refuse_many_times() -> None:
     assert ask(Server(STARTS, STARTS, STARTS, "volume")) == ["volume"]
+    assert ask(Server("broken", "volume")) == ["volume"]
     assert (
         ask(Server("lost", STARTS, "[batcher] 9 samples wait already; retry in 0.1 s", "volume"))
         == ["volume"] * 2
