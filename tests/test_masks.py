@@ -71,12 +71,29 @@ def test_masks_and_hints_act_as_in_monai(case: str, tmp_path: Path) -> None:
 def test_maisi_s_controlnet_as_the_zoo_has_it(make_zoo_bundle: Any, tmp_path: Path) -> None:
     """Labels as bits, class labels and spacing beside them, and MAISI's residuals added in place: the last one reaches
     the middle block as well (diffusion_model_unet_maisi.py). Without the autoencoder, which has tests of its own."""
-    bundle = make_zoo_bundle(tmp_path, "maisi_rflow", ["controlnet_def"], autoencoder=None)
+    levels = {
+        "num_channels": [32, 64],
+        "attention_levels": [False, True],
+        "num_head_channels": [0, 32],
+        "num_res_blocks": 1,
+    }
+    narrow = {
+        f"{net}__{key}": value
+        for net in ("diffusion_unet_def", "controlnet_def")
+        for key, value in levels.items()
+    }
+    bundle = make_zoo_bundle(
+        tmp_path, "maisi_rflow", ["controlnet_def"], autoencoder=None, latent_shape=[4, 4, 6, 4], **narrow
+    )
     export_bundle(bundle, tmp_path / "artifact", batch=(1, 2))
     mask = np.random.default_rng(1).integers(0, 256, bundle.latent_shape[1:])
     condition = {"mask": mask, "mask_scale": 0.9, "class_labels": 1, "spacing_tensor": [150, 150, 150]}
-    found = verify(tmp_path / "artifact", bundle, engine="onnxruntime", threads=1, steps=2, condition=condition)
+    found = verify(
+        tmp_path / "artifact", bundle, engine="onnxruntime", threads=1, steps=2, condition=condition
+    )
     assert found.passed, found.as_text()
     model = load(tmp_path / "artifact", "onnxruntime", threads=1)
-    volume, other = (model.sample(steps=1, condition=condition | {"mask": one}).array for one in (mask, mask ^ 128))
+    volume, other = (
+        model.sample(steps=1, condition=condition | {"mask": one}).array for one in (mask, mask ^ 128)
+    )
     assert np.abs(other - volume).max() > 1e-4 * np.abs(volume).max()
