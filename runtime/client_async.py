@@ -25,7 +25,7 @@ class AsyncClient:
         address: str = "127.0.0.1:8001",
         model: str | None = None,
         *,
-        tries: int = 5,
+        tries: int = 7,
         shared_memory: bool = False,
     ) -> None:
         """As `Client` says."""
