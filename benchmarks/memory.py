@@ -46,8 +46,8 @@ def measure(artifact: Path, engine: str, sizes: tuple[int, ...], share: float) -
     seconds, measured = time.perf_counter() - began, peak.bytes() - before
     foretold = plan.peak + opened.memory.library_bytes
     return {
-        "artifact": spec.name, "engine": engine, "latent": list(sizes), "slabs": plan.slabs, "foretold": foretold,
-        "measured": measured, "ratio": round(foretold / measured, 3), "seconds": round(seconds, 2),
+        "artifact": spec.name, "precision": str(spec.precision), "engine": engine, "latent": list(sizes),
+        "slabs": plan.slabs, "foretold": foretold, "measured": measured, "ratio": round(foretold / measured, 3), "seconds": round(seconds, 2),
     }  # fmt: skip
 
 
