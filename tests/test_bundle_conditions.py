@@ -83,3 +83,11 @@ def test_volcast_json_describes(tmp_path):
     (tmp_path / "volcast.json").write_text(json.dumps({"conditions": [{**CONTEXT, "shape": [77, 4]}]}))
     (described,) = described_conditions(tmp_path / "volcast.json", derived)
     assert (described.shape, described.unconditional) == ((77, 4), -1.0)
+
+
+def test_conditions_of_another_network_are_left_out_where_one_was_chosen(tmp_path):
+    notes = {"conditions": [CONTEXT], "labels": ["background", "organ"]}
+    (tmp_path / "volcast.json").write_text(json.dumps(notes))
+    assert described_conditions(tmp_path / "volcast.json", (), others=True) == ()
+    with pytest.raises(ValueError, match="do not match the network's \\(none\\)"):
+        described_conditions(tmp_path / "volcast.json", ())
