@@ -41,11 +41,17 @@ class Steps:
 
     def __init__(self) -> None:
         self.times: list[float] = []
+        self.done: list[int] = []
         self._news = asyncio.Event()
 
     def __call__(self, done: int, total: int) -> None:
         self.times.append(time.perf_counter())
+        self.done.append(done)
         self._news.set()
+
+    def step_s(self) -> float:
+        """Seconds a step, from the first message to the last: a message may stand for several steps."""
+        return (self.times[-1] - self.times[0]) / (self.done[-1] - self.done[0])
 
     async def wait(self, count: int) -> None:
         """Until `count` messages have come."""
@@ -56,25 +62,25 @@ class Steps:
 
 async def cancels(client: AsyncClient, repeats: int, rng: np.random.Generator) -> dict[str, Any]:
     """Milliseconds and steps until the place of a cancelled request is another's, of a server with one place."""
-    freed, steps = [], []
+    waited, steps = [], []
     for _ in range(repeats):
         long, other = Steps(), Steps()
         holder = asyncio.ensure_future(client.sample(1, steps=LONG, on_step=long))
         await long.wait(SEEN)
         waiter = asyncio.ensure_future(client.sample(1, steps=SEEN, on_step=other))
-        await asyncio.sleep(
-            0.05 + rng.uniform(0, np.median(np.diff(long.times)))
-        )  # it is in the queue by then
+        await asyncio.sleep(0.05 + rng.uniform(0, long.step_s()))  # it is in the queue by then
         began = time.perf_counter()
         holder.cancel()
         await asyncio.wait([holder, waiter])
-        # The time of a step changes with the machine's load: that of those around.
-        step = float(np.median([*np.diff(long.times[-SEEN:]), *np.diff(other.times)]))
-        freed.append(other.times[0] - began - step)
-        steps.append(step)
+        waited.append((other.times[0] - began, other.done[0]))
+        steps.append(long.step_s())
+    step = float(
+        np.median(steps)
+    )  # one for all: messages of a single request come in bundles on a busy machine
+    freed = [seconds - done * step for seconds, done in waited]
     return {
         "ms": percentiles([1e3 * one for one in freed]),
-        "steps": percentiles([one / step for one, step in zip(freed, steps, strict=True)]),
+        "steps": percentiles([one / step for one in freed]),
         "step_ms": summarize([1e3 * one for one in steps]).as_dict(),
     }
 
