@@ -13,7 +13,7 @@ fixed size into one `constants` [batch, M]; those with free spatial sizes stay a
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -116,7 +116,11 @@ def _size_symbols(node: Node) -> set[str]:
 class _Copier:
     """Copies nodes of one graph into another; sizes are recomputed from the new graph's own inputs."""
 
-    def __init__(self, source: GraphModule, names: Sequence[str]) -> None:
+    def __init__(
+        self, source: GraphModule, names: Sequence[str], made: Container[Node] = frozenset()
+    ) -> None:
+        """`made`: the tensors that the new graph computes, whose sizes it can read off them."""
+        self._made = made
         self.graph = Graph()
         self.copies: dict[Node, Node] = {}
         self.leaves: dict[str, tuple[Node, int]] = {}
@@ -140,7 +144,7 @@ class _Copier:
             current = stack[-1]
             if current in self.copies:
                 stack.pop()
-            elif is_size(current) and (size := self._own_size(current.meta["val"])) is not None:
+            elif is_size(current) and (size := self._own_size(current)) is not None:
                 self.copies[current] = size
             else:
                 missing = [source for source in current.all_input_nodes if source not in self.copies]
@@ -150,22 +154,37 @@ class _Copier:
                 self.copies[current] = self.graph.node_copy(current, self.copies.__getitem__)
         return self.copies[node]
 
-    def _own_size(self, wanted: Any) -> Node | None:
+    def _own_size(self, node: Node) -> Node | None:
         """A size read off an input: that very one, or one of which it is a whole part (a latent's beside an image's)."""
+        wanted = node.meta["val"]
         if not is_free(wanted):
+            return None
+        if symbol(wanted) in self.leaves:
+            return self._size(*self.leaves[symbol(wanted)], wanted)
+        if self._readable(node):
             return None
         for place, axis in self.leaves.values():
             whole = shape_of(place)[axis]
             parts = whole.node.expr / wanted.node.expr if isinstance(whole, torch.SymInt) else None
-            if parts is None or not parts.is_Integer:
-                continue
-            size = self.graph.call_function(aten.sym_size.int, (place, axis))
-            size.meta["val"] = whole
-            if parts != 1:
-                size = self.graph.call_function(operator.floordiv, (size, int(parts)))
-                size.meta["val"] = wanted
-            return size
+            if parts is not None and parts.is_Integer:
+                part = self.graph.call_function(
+                    operator.floordiv, (self._size(place, axis, whole), int(parts))
+                )
+                part.meta["val"] = wanted
+                return part
         return None
+
+    def _size(self, place: Node, axis: int, value: Any) -> Node:
+        size = self.graph.call_function(aten.sym_size.int, (place, axis))
+        size.meta["val"] = value
+        return size
+
+    def _readable(self, node: Node) -> bool:
+        """Whether all that the size is computed from is made here."""
+        return all(
+            self._readable(source) if is_size(source) else source in self._made or source in self.copies
+            for source in node.all_input_nodes
+        )
 
     def call(self, target: Any, arguments: tuple[Any, ...]) -> Node:
         """A new operator, with the value that it would have."""
@@ -241,7 +260,7 @@ def _split(copier: _Copier, node: Node, widths: Sequence[int], axis: int) -> lis
 
 
 def _step(source: GraphModule, rates: dict[Node, str], crossing: dict[str, list[Node]]) -> GraphModule:
-    copier = _Copier(source, (SAMPLE,))
+    copier = _Copier(source, (SAMPLE,), {node for node, rate in rates.items() if rate == "step"})
     placeholders = inputs(source)
     example: Tensor = placeholders[SAMPLE].meta["val"]
     packed: list[tuple[Node, list[Node]]] = []
