@@ -37,9 +37,13 @@ def program_call(
     Raises ValueError for a bad artifact, engine or size, or a program that the artifact lacks.
     """
     spec = read_artifact(folder)
-    sizes = {**latent_sizes(spec, size, "bench")[1], "batch": batch}
     programs = Programs(folder, spec, open_engine(engine, threads))
     described = programs.describe(name)
+    known = {**latent_sizes(spec, size, "bench")[1], "batch": batch}
+    taken = dict.fromkeys(
+        axis for tensor in described.inputs for axis in tensor.shape if isinstance(axis, str)
+    )
+    sizes = {axis: value for axis, value in known.items() if axis in taken}
     fixed = shapes(described, sizes)
     program = programs.open(name, fixed)
     generator = np.random.default_rng(0)

@@ -117,7 +117,11 @@ class Config:
 
     def arguments(self, component: str) -> dict[str, Value]:
         """The constructor arguments of a component: its keys without MONAI's own `_..._`."""
-        keys = [key for key in self.raw(component) if not re.fullmatch(r"_\w+_", key)]
+        keys = list(self.raw(component))
+        for key in keys:
+            if not isinstance(key, str):  # YAML takes any
+                raise ValueError(f"[bundle] {component}#{key}: need text for the name of an argument")
+        keys = [key for key in keys if not re.fullmatch(r"_\w+_", key)]
         return {key: self.need(f"{component}#{key}") for key in keys}
 
     def targets(self) -> dict[str, str]:

@@ -22,6 +22,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from hypothesis import settings
 from onnx import TensorProto, helper, numpy_helper
 
 # A shell that starts the tests in the background has SIGINT ignored, and the processes that they interrupt inherit that.
@@ -31,6 +32,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Triton reads it when a kernel is decorated: without a GPU the kernels' tests interpret them.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+# The same examples every time, so that a change is judged by what it changes; VOLCAST_FUZZ=1 draws new ones.
+settings.register_profile("same", derandomize=True, deadline=None)
+if "VOLCAST_FUZZ" not in os.environ:
+    settings.load_profile("same")
 
 
 @pytest.fixture(scope="session")

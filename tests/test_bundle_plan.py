@@ -289,6 +289,15 @@ def test_fuzzed_text(tmp_path, monkeypatch, edits):
     read_or_refuse(tmp_path, monkeypatch)
 
 
+def test_a_name_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "configs").mkdir()
+    config = SOURCE.replace("network_def:", "network_def:\n  ~: 1", 1)
+    assert config != SOURCE
+    (tmp_path / "configs" / "inference.yaml").write_text(config)
+    with pytest.raises(ValueError, match=r"network_def#None: need text"):
+        plan_bundle(tmp_path)
+
+
 def test_an_autoencoder_that_is_mentioned_but_missing_is_asked_for(tmp_path: Path) -> None:
     folder = shutil.copytree(BUNDLE, tmp_path / "bundle")
     config = folder / "configs" / "inference.json"
