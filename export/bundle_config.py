@@ -118,9 +118,9 @@ class Config:
     def arguments(self, component: str) -> dict[str, Value]:
         """The constructor arguments of a component: its keys without MONAI's own `_..._`."""
         keys = list(self.raw(component))
-        for key in keys:
-            if not isinstance(key, str):  # YAML takes any
-                raise ValueError(f"[bundle] {component}#{key}: need text for the name of an argument")
+        unnamed = [key for key in keys if not isinstance(key, str)]  # YAML takes any
+        if unnamed:
+            raise ValueError(f"[bundle] {component}#{unnamed[0]}: need text for the name of an argument")
         keys = [key for key in keys if not re.fullmatch(r"_\w+_", key)]
         return {key: self.need(f"{component}#{key}") for key in keys}
 
