@@ -80,8 +80,9 @@ class Load:
 
         async def call() -> None:
             while True:
-                await self._ask(self._draw(time.perf_counter() - began), began)
-                await asyncio.sleep(self.sent[-1].retry_s or 0.0)
+                one = self._draw(time.perf_counter() - began)
+                await self._ask(one, began)
+                await asyncio.sleep(one.retry_s or 0.0)
 
         tasks = [asyncio.ensure_future(call()) for _ in range(callers)]
         await asyncio.wait(tasks, timeout=seconds)

@@ -26,21 +26,26 @@ class Server:
     metrics: str
 
 
+def serve_command(artifact: Path | None, engine: EngineName, threads: int | None) -> tuple[list[str], Server]:
+    """The command of a `volcast serve` on free ports, and where it will be. `artifact`: None for the bundled model."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(4)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    command = [sys.executable, "-m", "volcast", "serve", *([] if artifact is None else [str(artifact)])]
+    command += ["--engine", engine, *([] if threads is None else ["--threads", str(threads)])]
+    for name, port in zip(("--port", "--http-port", "--grpc-port", "--metrics-port"), ports, strict=True):
+        command += [name, str(port)]
+    return command, Server(grpc=f"127.0.0.1:{ports[2]}", metrics=f"http://127.0.0.1:{ports[3]}/metrics")
+
+
 @contextmanager
 def start_server(
     artifact: Path | None, engine: EngineName, threads: int | None, *, active: int = 64, queue: int = 256
 ) -> Iterator[Server]:
     """One that runs until the end of the block. `artifact`: None for the bundled model. ValueError: it does not start."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(4)]
-    ports = [str(one.getsockname()[1]) for one in sockets]
-    for one in sockets:
-        one.close()
-    options = {"--port": ports[0], "--http-port": ports[1], "--grpc-port": ports[2], "--metrics-port": ports[3],
-               "--engine": engine, "--active": str(active), "--queue": str(queue)}  # fmt: skip
-    if threads is not None:
-        options["--threads"] = str(threads)
-    command = [sys.executable, "-m", "volcast", "serve", *([] if artifact is None else [str(artifact)])]
-    command += [word for pair in options.items() for word in pair]
+    command, server = serve_command(artifact, engine, threads)
+    command += ["--active", str(active), "--queue", str(queue)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None
@@ -52,7 +57,7 @@ def start_server(
             else:
                 raise ValueError(f"[bench] the server did not start: {' '.join(lines)}")
             threading.Thread(target=_pass_on, args=[process.stderr], daemon=True).start()
-            yield Server(grpc=f"127.0.0.1:{ports[2]}", metrics=f"http://127.0.0.1:{ports[3]}/metrics")
+            yield server
         finally:
             process.terminate()
 

@@ -11,9 +11,7 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import asdict
@@ -27,6 +25,7 @@ from volcast.runtime.engine_name import EngineName
 from volcast.runtime.pipeline import load
 
 from .bench import environment
+from .server import serve_command
 from .soak_callers import make_kinds, soak
 from .soak_usage import OWN, STUB, TRITON, processes, shared_memory, usage
 
@@ -36,22 +35,9 @@ class Soaked:
     """A `volcast serve` of the soak's own, its processes, and the times at which it said that it was ready."""
 
     def __init__(self, artifact: Path, engine: EngineName, threads: int) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "volcast",
-            "serve",
-            str(artifact),
-            "--engine",
-            engine,
-            "--threads",
-            str(threads),
-        ]
-        ports = [str(port) for port in _free_ports(4)]
-        names = ("--port", "--http-port", "--grpc-port", "--metrics-port")
-        command += [word for pair in zip(names, ports, strict=True) for word in pair]
+        command, server = serve_command(artifact, engine, threads)
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        self.address, self.lines = f"127.0.0.1:{ports[2]}", list[str]()
+        self.address, self.lines = server.grpc, list[str]()
         self.ready: list[float] = []
         self._news = threading.Condition()
         threading.Thread(target=self._read, daemon=True).start()
@@ -161,14 +147,6 @@ def _settle(address: str) -> None:
     with Client(address, tries=10) as client:
         client.sample(0, steps=1)
     time.sleep(2)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 if __name__ == "__main__":

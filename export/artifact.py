@@ -11,7 +11,7 @@ from volcast.runtime.atomic import atomic_folder
 from volcast.runtime.spec import FORMAT, ArtifactSpec, Precision, ProgramSpec, SlabSpec
 
 from .bundle import Bundle
-from .programs import PASSES, capture_model
+from .programs import PASSES, CapturedModel, capture_model
 from .slab_program import write_slabs
 from .to_onnx import to_onnx
 
@@ -30,42 +30,16 @@ def export_bundle(
     Raises ValueError where the folder exists (and not `replace`) or cannot be written, the batch range is empty, or
     a network cannot be captured.
     """
-    if not 1 <= batch[0] <= batch[1] <= 4096:
-        raise ValueError(f"[export] batch={batch[0]}:{batch[1]}: need 1 <= smallest <= largest <= 4096")
+    check_batch(batch)
     with atomic_folder(folder, replace=replace) as temporary:
         progress("capture")
         model = capture_model(
             bundle.unet, bundle.autoencoder, bundle.latent_shape, bundle.conditions, batch, bundle.controls,
             bundle.encodings,
         )  # fmt: skip
-        provenance = {
-            **bundle.provenance,
-            "passes": " ".join(PASSES),
-            "volcast_version": version("volcast"),
-            "torch_version": version("torch"),
-            "monai_version": version("monai"),
-            "onnx_version": version("onnx"),
-        }
-        programs: dict[str, ProgramSpec] = {}
-        for name, program in model.programs.items():
-            progress(name)
-            path = temporary / f"{name}.onnx"
-            to_onnx(
-                program.graph,
-                path,
-                (program.inputs, program.outputs),
-                precision=precision,
-                metadata={key: value for key, value in provenance.items() if key.endswith("version")},
-            )
-            programs[name] = ProgramSpec(
-                file=path.name,
-                inputs=program.inputs,
-                outputs=program.outputs,
-                nodes=program.nodes,
-                nodes_before=program.nodes_before,
-                flops=program.flops,
-                flops_before=program.flops_before,
-            )
+        versions = tool_versions()
+        provenance = {**bundle.provenance, "passes": " ".join(PASSES), **versions}
+        programs = write_programs(model, temporary, precision, versions, progress)
         slabs: SlabSpec | None = None
         if "decode" in programs:
             progress("slabs")
@@ -92,3 +66,40 @@ def export_bundle(
         )
         (temporary / MANIFEST).write_text(spec.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return spec
+
+
+def check_batch(batch: tuple[int, int]) -> None:
+    """ValueError: the smallest and largest batch that an export is to admit are none."""
+    if not 1 <= batch[0] <= batch[1] <= 4096:
+        raise ValueError(f"[export] batch={batch[0]}:{batch[1]}: need 1 <= smallest <= largest <= 4096")
+
+
+def tool_versions() -> dict[str, str]:
+    """What an artifact was made with, as its provenance tells it."""
+    return {f"{name}_version": version(name) for name in ("volcast", "torch", "monai", "onnx")}
+
+
+def write_programs(
+    model: CapturedModel,
+    folder: Path,
+    precision: Precision,
+    metadata: dict[str, str],
+    progress: Callable[[str], None],
+) -> dict[str, ProgramSpec]:
+    """Each program as `<name>.onnx` in `folder`, and its description."""
+    written: dict[str, ProgramSpec] = {}
+    for name, program in model.programs.items():
+        progress(name)
+        path = folder / f"{name}.onnx"
+        tensors = program.inputs, program.outputs
+        to_onnx(program.graph, path, tensors, precision=precision, metadata=metadata)
+        written[name] = ProgramSpec(
+            file=path.name,
+            inputs=program.inputs,
+            outputs=program.outputs,
+            nodes=program.nodes,
+            nodes_before=program.nodes_before,
+            flops=program.flops,
+            flops_before=program.flops_before,
+        )
+    return written

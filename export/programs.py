@@ -92,11 +92,9 @@ def capture_model(
             for i, (axis, s) in enumerate(zip(axes[2:], scale, strict=False))
         ]
     # A label map may be the decoder's alone.
-    others = (
-        {MASK} - {control.hint for control in controls}
-        if not isinstance(unet, SPADEDiffusionModelUNet)
-        else {}
-    )
+    others = {MASK} - {control.hint for control in controls}
+    if isinstance(unet, SPADEDiffusionModelUNet):
+        others = set()
     shown = [condition for condition in conditions if condition.name not in others]
     denoiser = Denoiser(
         plain_modules(unet),

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 from volcast.runtime.artifact import MANIFEST, digests
 from volcast.runtime.atomic import atomic_folder
-from volcast.runtime.spec import Precision, ProgramSpec
+from volcast.runtime.spec import Precision
 from volcast.runtime.token_spec import TOKEN_FORMAT, TokenSpec
 
-from .to_onnx import to_onnx
+from .artifact import check_batch, tool_versions, write_programs
 from .transformer_bundle import TransformerBundle
 from .transformer_programs import capture_transformer
 
@@ -32,32 +31,12 @@ def export_transformer(
     Raises ValueError where the folder exists (and not `replace`) or cannot be written, the batch range is empty, or
     a network cannot be captured.
     """
-    if not 1 <= batch[0] <= batch[1] <= 4096:
-        raise ValueError(f"[export] batch={batch[0]}:{batch[1]}: need 1 <= smallest <= largest <= 4096")
+    check_batch(batch)
     with atomic_folder(folder, replace=replace) as temporary:
         progress("capture")
         model = capture_transformer(bundle, batch)
-        versions = {f"{name}_version": version(name) for name in ("volcast", "torch", "monai", "onnx")}
-        programs: dict[str, ProgramSpec] = {}
-        for name, program in model.programs.items():
-            progress(name)
-            path = temporary / f"{name}.onnx"
-            to_onnx(
-                program.graph,
-                path,
-                (program.inputs, program.outputs),
-                precision=precision,
-                metadata=versions,
-            )
-            programs[name] = ProgramSpec(
-                file=path.name,
-                inputs=program.inputs,
-                outputs=program.outputs,
-                nodes=program.nodes,
-                nodes_before=program.nodes_before,
-                flops=program.flops,
-                flops_before=program.flops_before,
-            )
+        versions = tool_versions()
+        programs = write_programs(model, temporary, precision, versions, progress)
         progress("manifest")
         spec = TokenSpec(
             format=TOKEN_FORMAT,

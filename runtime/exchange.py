@@ -126,7 +126,12 @@ class Exchange:
             self._volumes[sample] = self._framed(tensors)
 
     def volumes(self) -> list[Volume]:
-        """All that were asked for, once the answers have ended."""
+        """All that were asked for, once the answers have ended. Raises `Unavailable`: one has not come."""
+        missing = [sample for sample in range(self._n) if sample not in self._volumes]
+        if missing:
+            raise Unavailable(
+                f"[client] the server ended without volume {missing[0]} of {self._n}; ask again"
+            )
         return [self._volumes[sample] for sample in range(self._n)]
 
     def pause_s(self, error: Unavailable) -> float:

@@ -24,9 +24,8 @@ from .dataset_manifest import SHARD, Entry, volume_name
 from .engine_auto import INSTALL, open_engine
 from .generate_worker import Crew, Died, Failed, Finished, Made, Ready, Recipe, Task
 from .job import make_job
-from .request import Settings, make_request
+from .request import SAMPLES_OF_A_SEED, Settings, make_request
 
-AT_MOST = 1_000_000
 DEPTH = 2
 """Tasks that a worker holds: it goes on while its answer is published."""
 FALLS = 5
@@ -105,8 +104,8 @@ def prepare(
     Raises:
         ValueError: anything out of range, in one line.
     """
-    if not 0 <= count <= AT_MOST:
-        raise ValueError(f"[generate] num={count}: need 0..{AT_MOST}")
+    if not 0 <= count <= SAMPLES_OF_A_SEED:
+        raise ValueError(f"[generate] num={count}: need 0..{SAMPLES_OF_A_SEED}")
     spec = read_artifact(artifact)
     wanted: Settings = {"steps": None, "scheduler": None, "guidance": None, **(settings or {})}
     request = make_request(spec, seed, wanted)

@@ -35,6 +35,7 @@ from .generate_worker import (
 from .interface import text_of
 from .job import make_job
 from .request import make_request
+from .volume import Volume
 
 AT_ONCE = 8
 """Requests to a server: its steps are shared, and its decoder and the network have work meanwhile."""
@@ -138,9 +139,12 @@ class Servers(Crew):
         }  # fmt: skip
         while True:
             try:
+                volume: Volume | None = None
                 for tensors in client.answers(given):
                     if text_of(tensors["kind"]) == "volume":
                         volume = unpack_volume(tensors)
+                if volume is None:
+                    raise Unavailable(f"[generate] sample {task.sample}: the server ended without its volume")
                 return keep(recipe, self._spec, task, volume)
             except Unavailable as error:
                 pause = retry_s(error)

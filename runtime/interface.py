@@ -14,7 +14,7 @@ from typing import Any, Literal, final, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from .request import Settings, make_request
+from .request import SAMPLES_OF_A_SEED, Settings, make_request
 from .spec import ArtifactSpec
 
 Array = NDArray[np.generic]
@@ -22,8 +22,6 @@ Format = Literal["float32", "float16", "uint16", "nifti"]
 FORMATS = get_args(Format)
 MOST_SAMPLES = 64
 """Volumes of one request."""
-AT_MOST = 1_000_000
-"""Samples of one seed."""
 MOST_STEPS = 1_000_000
 
 
@@ -174,7 +172,7 @@ def read_request(spec: ArtifactSpec, given: Mapping[str, Array]) -> Asked:
     return Asked(
         seed=seed,
         samples=samples,
-        first_sample=_whole(given, "first_sample", 0, 0, AT_MOST - samples),
+        first_sample=_whole(given, "first_sample", 0, 0, SAMPLES_OF_A_SEED - samples),
         settings=settings,
         condition=_conditions(spec, given),
         size=tuple(int(one) for one in given["size"]) if "size" in given else None,

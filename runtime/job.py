@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from volcast import _core
 
 from . import conditions
-from .request import Request
+from .request import SAMPLES_OF_A_SEED, Request
 from .sampler import make_plan
 from .sizes import check_size, latent_sizes, whole
 from .spec import ArtifactSpec
@@ -53,8 +53,8 @@ def make_job(
         ValueError: see `Request`, `latent_sizes` and `conditions.resolve`; a batch that the artifact does not allow.
     """
     count, batch = whole(count), whole(batch)
-    if not isinstance(count, int) or not 1 <= count <= 1_000_000:
-        raise ValueError(f"[sample] n={count!r}: need 1..1000000")
+    if not isinstance(count, int) or not 1 <= count <= SAMPLES_OF_A_SEED:
+        raise ValueError(f"[sample] n={count!r}: need 1..{SAMPLES_OF_A_SEED}")
     if not isinstance(batch, int) or batch < 1:
         raise ValueError(f"[sample] batch={batch!r}: need 1 or more")
     spatial, sizes = latent_sizes(spec, size)

@@ -12,6 +12,8 @@ from .sampler import Method, SamplerConfig
 from .sizes import whole
 from .spec import ArtifactSpec, Frozen
 
+SAMPLES_OF_A_SEED = 1_000_000
+"""Sample i of a seed has i below this."""
 OnStep = Callable[[int, int], None]
 """Called after each step with the steps done and to do, over all batches; what it raises stops the run."""
 

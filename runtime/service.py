@@ -166,7 +166,8 @@ class Service:
                 try:
                     future = self._submitted(one, sample)
                 except BaseException:
-                    one.parts -= 1  # not the last: this thread's own is left
+                    with one.lock:
+                        one.parts -= 1  # not the last: this thread's own is left
                     raise
                 with one.lock:
                     one.futures.append(future)

@@ -15,7 +15,7 @@ from .engine_auto import open_engine
 from .memory import PeakMemory
 from .programs import Programs
 from .report import Report, Stopwatch
-from .request import OnStep
+from .request import SAMPLES_OF_A_SEED, OnStep
 from .sizes import check_size, whole
 from .spec import Manifest
 from .token_choice import Choice, ChoiceSettings
@@ -25,8 +25,6 @@ from .volume import Volume, centred_affine
 
 Condition = Mapping[str, Any]
 ENGINES = ("auto", "onnxruntime", "openvino")
-AT_MOST = 1_000_000
-"""Samples of one seed."""
 
 
 @final
@@ -130,16 +128,7 @@ class TokenModel:
 
     def decode(self, indices: NDArray[np.integer]) -> NDArray[np.float32]:
         """Images float32 `[N, C, D, H, W]` of code indices `[N, *token_shape]` or of one `[*token_shape]`."""
-        array = np.asarray(indices)
-        array = array[None] if array.shape == self.spec.token_shape else array
-        if array.shape[1:] != self.spec.token_shape or array.dtype.kind not in "iu":
-            raise ValueError(
-                f"[decode] got {array.dtype} {array.shape}: need whole numbers, (N, *{self.spec.token_shape})"
-            )
-        if array.size and not 0 <= array.min() <= array.max() < self.spec.num_codes:
-            raise ValueError(
-                f"[decode] indices reach from {array.min()} to {array.max()}: need 0..{self.spec.num_codes - 1}"
-            )
+        array = self._codes("decode", indices)
         image = np.asarray(self._programs.call("decode", {"indices": array})["image"], np.float32)
         if not np.isfinite(image).all():
             raise ValueError(
@@ -162,9 +151,10 @@ class TokenModel:
         self, indices: NDArray[np.integer], *, condition: Condition | None = None
     ) -> NDArray[np.float64]:
         """The same for code indices `[N, *token_shape]`."""
+        codes = self._codes("likelihood", indices).astype(np.int64)
         values = self._conditions(condition)
         found = []
-        for one in np.asarray(indices, np.int64).reshape(-1, self.spec.length):
+        for one in codes.reshape(-1, self.spec.length):
             sequence = TokenSequence(self.spec, self._programs, 1, self._prepared(values, 1))
             found.append(log_likelihoods(sequence, self.spec, one[self.order][None]))
         return self._grid(np.concatenate(found))
@@ -174,6 +164,20 @@ class TokenModel:
         """`(C, *spatial)` of the images."""
         return tuple(int(size) for size in self.spec.programs["encode"].inputs[0].shape[1:])
 
+    def _codes(self, operation: str, indices: NDArray[np.integer]) -> NDArray[np.integer]:
+        """`[N, *token_shape]`, checked (ValueError)."""
+        array = np.asarray(indices)
+        array = array[None] if array.shape == self.spec.token_shape else array
+        if array.shape[1:] != self.spec.token_shape or array.dtype.kind not in "iu":
+            raise ValueError(
+                f"[{operation}] got {array.dtype} {array.shape}: need whole numbers, (N, *{self.spec.token_shape})"
+            )
+        if array.size and not 0 <= array.min() <= array.max() < self.spec.num_codes:
+            raise ValueError(
+                f"[{operation}] indices reach from {array.min()} to {array.max()}: need 0..{self.spec.num_codes - 1}"
+            )
+        return array
+
     def _grid(self, values: NDArray[Any]) -> NDArray[Any]:
         """From the order of the sequence `[N, L]` to the grid `[N, *token_shape]`."""
         grid = np.empty_like(values)
@@ -182,7 +186,11 @@ class TokenModel:
 
     def _parts(self, n: int, seed: int, batch: int, choice: Choice) -> list[range]:
         choice.check(self.spec.num_codes)
-        ranges = (("seed", seed, 0, 2**64 - 1), ("n", n, 1, AT_MOST), ("batch", batch, 1, AT_MOST))
+        ranges = (
+            ("seed", seed, 0, 2**64 - 1),
+            ("n", n, 1, SAMPLES_OF_A_SEED),
+            ("batch", batch, 1, SAMPLES_OF_A_SEED),
+        )
         for name, value, least, most in ranges:
             if type(whole(value)) is not int or not least <= value <= most:
                 raise ValueError(f"[sample] {name}={value!r}: need {least}..{most}")
