@@ -15,7 +15,7 @@ from torch import nn
 from volcast.runtime.artifact import read_artifact
 from volcast.runtime.denoiser import step_inputs
 from volcast.runtime.engine_auto import open_engine
-from volcast.runtime.job import Job, make_job, stack
+from volcast.runtime.job import Job, make_job
 from volcast.runtime.noise import request_noise
 from volcast.runtime.programs import Programs
 from volcast.runtime.request import make_request
@@ -69,8 +69,8 @@ def verify(
     programs = Programs(artifact, spec, opened)
 
     calls = len(job.plan)
-    conditional = stack(job.conditional, samples)
-    unconditional = None if job.unconditional is None else stack(job.unconditional, samples)
+    conditional = job.conditions(samples)
+    unconditional = job.negative(samples)
     monai = run_monai(
         bundle,
         lambda step: request_noise(seed, samples, step, job.shape),

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .conditions import resolve
-from .job import Job, stack
+from .job import Job
 from .memory_limit import DecodePlan, MemoryLimit
 from .programs import Programs, bind
 from .sizes import latent_sizes
@@ -33,7 +33,7 @@ def decoder_inputs(spec: ArtifactSpec) -> list[str]:
 def decoder_conditions(spec: ArtifactSpec, job: Job, part: range) -> Given:
     """What the decoder is given of a job's conditions for the samples `part`."""
     names = decoder_inputs(spec)
-    values = stack(job.conditional, part) if names else {}
+    values = job.conditions(part) if names else {}
     return {name: values[name] for name in names}
 
 

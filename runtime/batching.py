@@ -20,7 +20,7 @@ from .autoencoder import Given, decode, decoder_conditions, encode
 from .batch_memory import BatchMemory
 from .engine import Engine
 from .host_memory import HostMemory
-from .job import Job, stack
+from .job import Job
 from .lanes import COUNTS, LaneReport, open_lanes
 from .programs import Programs
 from .request import OnStep
@@ -165,11 +165,9 @@ class Batching:
             if self._room is not None:
                 self._room.admit(job)
             rows = schedule_rows(self._host, job)
-            conditional = prepared(self._spec, self._host, stack(job.conditional, part))
-            unconditional = (
-                {} if job.unconditional is None
-                else prepared(self._spec, self._host, stack(job.unconditional, part))
-            )  # fmt: skip
+            conditional = prepared(self._spec, self._host, job.conditions(part))
+            negative = job.negative(part)
+            unconditional = {} if negative is None else prepared(self._spec, self._host, negative)
             group = self._group(job.shape, rows.shape[1], conditional)
             _, _, x = first_latent(job, part, x0)
             # The answer may come before `submit` returns: it waits for the lock.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -46,10 +46,19 @@ def sample(
         Literal["leading", "linspace", "trailing"] | None, typer.Option(help="Spacing of the timesteps.")
     ] = None,
     eta: Annotated[float, typer.Option(help="DDIM's noise, 0..1.")] = 0.0,
-    guidance: Guidance = None,
+    guidance: Annotated[
+        str | None,
+        typer.Option(
+            help="Weight of classifier-free guidance; 1..10 or 1,2.5,7: a volume for each, OUTPUT_guidance1, .."
+        ),
+    ] = None,
     condition: Annotated[
         list[str] | None,
         typer.Option("--condition", "-c", help="name=0.5, name=0.5,0.2 or name=@file.npy; repeatable."),
+    ] = None,
+    negative: Annotated[
+        list[str] | None,
+        typer.Option(help="As --condition, for guidance's other branch (a negative prompt); repeatable."),
     ] = None,
     mask: Annotated[
         list[str] | None,
@@ -89,7 +98,8 @@ def sample(
     from .token_model import TokenModel
     from .volume import read_nifti
 
-    outputs = output_files(output, count, png)
+    weights = parse_weights(guidance)
+    outputs = output_files(output, count, png, weights if isinstance(weights, list) else ())
     latent = parse_sizes("sample", size)
     start = None if image is None else read_nifti(image)
     folder = default_artifact(controlled=True) if artifact is None and mask else artifact
@@ -119,11 +129,13 @@ def sample(
             volumes = model.sample_many(count, seed, **common, size=latent, image=start, **settings)
         for number, (path, volume) in enumerate(zip(outputs, volumes, strict=True)):
             volume.save(path, f"volcast {model.spec.name} seed {seed}")
-            lines.append(_described(path, volume, seed, number) if as_json else _summary(path, volume))
+            sample = number * count // len(outputs)
+            lines.append(_described(path, volume, seed, sample) if as_json else _summary(path, volume))
             shown += [volume] if png else []
     if png is not None:
-        captions = [f"{model.spec.name} seed {seed} sample {i}" for i in range(count)]
-        save_picture(mosaic(shown, captions if count > 1 else ()), png)
+        each = [f" guidance {w:g}" for w in weights] if isinstance(weights, list) else [""]
+        captions = [f"{model.spec.name} seed {seed} sample {i}{w}" for i in range(count) for w in each]
+        save_picture(mosaic(shown, captions if len(captions) > 1 else ()), png)
     if as_json:
         typer.echo(json.dumps(lines))
     elif not quiet:
@@ -169,7 +181,7 @@ def info(
     typer.echo(json.dumps(describe.as_dict(spec, folder)) if as_json else describe.as_text(spec, folder))
 
 
-def output_files(output: Path, count: int, png: Path | None) -> list[Path]:
+def output_files(output: Path, count: int, png: Path | None, weights: Sequence[float] = ()) -> list[Path]:
     from .picture import check_png_path
     from .volume import check_nifti_path
 
@@ -180,8 +192,10 @@ def output_files(output: Path, count: int, png: Path | None) -> list[Path]:
                 f"[sample] {path.parent} is not a folder that can be written to; choose another output"
             )
     suffix = ".nii.gz" if output.name.endswith(".nii.gz") else ".nii"
-    names = [f"{output.name.removesuffix(suffix)}_{i}{suffix}" for i in range(count)]
-    outputs = [output] if count == 1 else [output.with_name(name) for name in names]
+    numbers = [f"_{i}" for i in range(count)] if count != 1 else [""]
+    each = [f"_guidance{weight:g}" for weight in weights] or [""]
+    stem = output.name.removesuffix(suffix)
+    outputs = [output.with_name(f"{stem}{number}{weight}{suffix}") for number in numbers for weight in each]
     for path in (*outputs, *([] if png is None else [png])):
         if path.is_dir():
             raise ValueError(f"[sample] {path} is a folder; choose another output")

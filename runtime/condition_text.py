@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .mask import read_on_grid
+from .request import MOST_WEIGHTS
 from .spec import ArtifactSpec, Manifest
 from .volume import Volume
 
@@ -59,6 +60,27 @@ def mask_texts(spec: ArtifactSpec, paths: Iterable[str]) -> list[str]:
                 )  # fmt: skip
         texts.append(f"{name}=@{file}")
     return texts
+
+
+def parse_weights(text: str | None) -> float | list[float] | None:
+    """`2.5` as a number; `1..10` (whole numbers, both included) or `1,2.5,7` as several; None stays None.
+
+    Raises ValueError for anything else, weights that repeat, more than 1000 of them.
+    """
+    if text is None:
+        return None
+    first, dots, last = text.partition("..")
+    try:
+        if dots and 0 <= int(last) - int(first) < MOST_WEIGHTS:
+            return [float(weight) for weight in range(int(first), int(last) + 1)]
+        weights = [float(part) for part in text.split(",")]
+    except ValueError:
+        weights = []
+    if not 0 < len(set(weights)) == len(weights) <= MOST_WEIGHTS:
+        raise ValueError(
+            f"[sample] guidance={text}: need a number, numbers with commas between, or FIRST..LAST, at most {MOST_WEIGHTS}"
+        )
+    return weights if "," in text else weights[0]
 
 
 def _numbers(spec: Manifest | None, name: str, text: str) -> float | NDArray[np.generic]:

@@ -60,21 +60,41 @@ def resolve(spec: Manifest, given: Mapping[str, Any] | None, sizes: Mapping[str,
     return Conditions(values=values, sizes=known)
 
 
-def unconditional(spec: ArtifactSpec, conditions: Conditions) -> dict[str, Array]:
-    """The values of the unconditional branch of classifier-free guidance.
+def unconditional(
+    spec: ArtifactSpec, conditions: Conditions, negative: Mapping[str, Any] | None = None
+) -> dict[str, Array]:
+    """The values of the other branch of classifier-free guidance.
 
-    A condition without an `unconditional` value (a label map, say) keeps its own.
+    They are those of `negative`, which takes what `resolve` takes (a negative prompt), where it names a condition; else
+    its `unconditional` value; a condition without one (a label map, say) keeps its own.
 
     Raises:
-        ValueError: no condition has one, so the network was not trained for guidance.
+        ValueError: `negative` does not fit; without it no condition has an unconditional value.
     """
-    if all(condition.unconditional is None for condition in spec.conditions):
-        raise ValueError(f"[sample] guidance: {spec.name} was not trained for it; leave guidance out")
+    if not negative and all(condition.unconditional is None for condition in spec.conditions):
+        raise ValueError(
+            f"[sample] guidance: {spec.name} names no unconditional value; give negative={{...}}, or leave guidance out"
+        )
+    named = _named(spec, negative or {}, conditions.sizes)
     values = dict(conditions.values)
     for condition in spec.conditions:
-        if condition.unconditional is not None:
+        if condition.name in named:
+            values[condition.name] = named[condition.name]
+        elif condition.unconditional is not None:
             values[condition.name] = np.full_like(values[condition.name], condition.unconditional)
     return values
+
+
+def _named(spec: ArtifactSpec, given: Mapping[str, Any], sizes: Mapping[str, int]) -> Mapping[str, Array]:
+    """The values of those conditions that `given` names, or fields of which it names."""
+    try:
+        _refuse_unknown(spec.conditions, given)
+        chosen = tuple(
+            one for one in spec.conditions if given.keys() & {one.name, *(field.name for field in one.fields)}
+        )
+        return resolve(spec.model_copy(update={"conditions": chosen}), given, sizes).values
+    except ValueError as error:
+        raise ValueError(str(error).replace("[condition]", "[negative]", 1)) from None
 
 
 def _refuse_unknown(conditions: Iterable[ConditionSpec], given: Mapping[str, Any]) -> None:

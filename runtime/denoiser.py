@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import final
 
 import numpy as np
@@ -37,6 +37,22 @@ class Denoiser:
         """The network's output for x `[N, C, D, H, W]` at row `step` of the plan."""
         row = np.repeat(self._rows[step : step + 1], x.shape[0], axis=0)
         return self._program({"x": x, "row": row, **self._branches[branch]})["out"]
+
+
+@final
+class SweptDenoiser:
+    """Classifier-free guidance with a weight for each sample: u + w (c - u), in float64 as the loop's own."""
+
+    def __init__(self, denoiser: Denoiser, weights: Sequence[float]) -> None:
+        self._denoiser = denoiser
+        self._weights = np.array(weights, np.float64)
+
+    def __call__(self, step: int, x: NDArray[np.float32], branch: _core.Branch) -> Array:
+        """The guided output for x `[N, C, D, H, W]`, whose volume n has weight n. `branch` is the loop's only one."""
+        u = self._denoiser(step, x, _core.Branch.UNCONDITIONAL).astype(np.float64)
+        c = self._denoiser(step, x, branch).astype(np.float64)
+        weights = self._weights.reshape(-1, *[1] * (x.ndim - 1))
+        return (u + weights * (c - u)).astype(np.float32)
 
 
 def step_inputs(

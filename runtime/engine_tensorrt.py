@@ -104,6 +104,7 @@ class GraphLoop(Loop):
         captured = self._captured(start)
         if captured is None:
             return self._host.run(start, after, shows)
+        assert not isinstance(start.guidance, tuple)  # Sampler.mixes_weights
 
         def told(done: int, steps: int) -> None:
             if shows:

@@ -29,6 +29,7 @@ class Job:
     shape: the latent's `(C, *spatial)`.
     conditional: the conditions by name, without a batch axis, of each sample, or one for all.
     unconditional: the same for guidance's other branch; None without guidance.
+    weights: of a guidance sweep, else empty. With k of them volume v of the job is sample v // k at weight v % k.
     """
 
     request: Request
@@ -37,6 +38,34 @@ class Job:
     shape: tuple[int, ...]
     conditional: Sequence[Mapping[str, Array]]
     unconditional: Sequence[Mapping[str, Array]] | None
+    weights: tuple[float, ...] = ()
+
+    @property
+    def alike(self) -> bool:
+        """Whether every volume has the same conditions."""
+        return len(self.conditional) == 1
+
+    def samples(self, part: range) -> NDArray[np.uint64]:
+        """The number of the sample that each volume of `part` is of: what its noise is drawn by."""
+        return np.arange(part.start, part.stop, dtype=np.uint64) // np.uint64(len(self.weights) or 1)
+
+    def guidance(self, part: range) -> float | tuple[float, ...] | None:
+        """The weight of guidance of the volumes `part`, or one each where they differ."""
+        if not self.weights:
+            return self.request.guidance
+        each = tuple(self.weights[i % len(self.weights)] for i in part)
+        return each[0] if len(set(each)) == 1 else each
+
+    def conditions(self, part: range) -> dict[str, Array]:
+        """The conditions of the volumes `part`, each `[N, ...]`."""
+        return self._stacked(self.conditional, part)
+
+    def negative(self, part: range) -> dict[str, Array] | None:
+        """The same for guidance's other branch; None without guidance."""
+        return None if self.unconditional is None else self._stacked(self.unconditional, part)
+
+    def _stacked(self, values: Sequence[Mapping[str, Array]], part: range) -> dict[str, Array]:
+        return stack(values, [int(i) for i in self.samples(part)])
 
 
 def make_job(
@@ -46,8 +75,12 @@ def make_job(
     batch: int,
     condition: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
     size: Sequence[int] | None,
+    negative: Mapping[str, Any] | None = None,
+    weights: tuple[float, ...] = (),
 ) -> Job:
     """Check everything that can be checked without running a program.
+
+    `negative`: values that take the place of the unconditional ones; `weights`: as `Job` says, `count` samples of each.
 
     Raises:
         ValueError: see `Request`, `latent_sizes` and `conditions.resolve`; a batch that the artifact does not allow.
@@ -70,10 +103,15 @@ def make_job(
         raise ValueError("[sample] the samples' conditions differ in shape; sample them one by one")
     unconditional = None
     if request.guidance is not None:
-        unconditional = [conditions.unconditional(spec, each) for each in resolved]
+        unconditional = [conditions.unconditional(spec, each, negative) for each in resolved]
+    elif negative:
+        raise ValueError(
+            "[sample] negative without guidance: give guidance=WEIGHT too, or leave negative out"
+        )
+    volumes = count * (len(weights) or 1)
     for axis in spec.axes:
         if axis.name == "batch":
-            for part in {min(batch, count), count % batch or min(batch, count)}:
+            for part in {min(batch, volumes), volumes % batch or min(batch, volumes)}:
                 check_size("sample", axis, part)
     shape = (spec.latent_shape[0], *spatial)
     return Job(
@@ -83,10 +121,11 @@ def make_job(
         shape=shape,
         conditional=[each.values for each in resolved],
         unconditional=unconditional,
+        weights=weights,
     )
 
 
-def stack(values: Sequence[Mapping[str, Array]], part: range) -> dict[str, Array]:
-    """The conditions of the samples `part`, each `[N, ...]`; `values` holds one for each sample, or one for all."""
-    chosen = [values[i] for i in part] if len(values) > 1 else [values[0]] * len(part)
+def stack(values: Sequence[Mapping[str, Array]], samples: Sequence[int]) -> dict[str, Array]:
+    """The conditions of the samples `samples`, each `[N, ...]`; `values` holds one for each sample, or one for all."""
+    chosen = [values[i] for i in samples] if len(values) > 1 else [values[0]] * len(samples)
     return {name: np.stack([each[name] for each in chosen]) for name in chosen[0]}

@@ -21,7 +21,7 @@ from .host_memory import HostMemory
 from .job import Job, make_job
 from .memory_limit import job_sizes
 from .programs import Programs
-from .request import OnStep, Settings, make_request
+from .request import OnStep, Settings, make_request, split_sweep
 from .sampling import Images, Watch
 from .sizes import parse_bytes, whole
 from .spec import ArtifactSpec
@@ -120,6 +120,7 @@ class Model:
         seed: int = 0,
         *,
         condition: Condition | None = None,
+        negative: Condition | None = None,
         size: Sequence[int] | None = None,
         image: Volume | NDArray[np.generic] | None = None,
         on_step: OnStep | None = None,
@@ -127,10 +128,12 @@ class Model:
         preview_every: int = 10,
         **settings: Unpack[Settings],
     ) -> Volume:
-        """One volume: `sample_many(1, ...)`, whose arguments it takes."""
+        """One volume: `sample_many(1, ...)`, whose arguments it takes but for a sweep."""
+        if split_sweep(self.spec, seed, settings)[0]:
+            raise ValueError("[sample] guidance: several weights make several volumes; call sample_many")
         volumes = self.sample_many(
-            1, seed, condition=condition, size=size, image=image, on_step=on_step, on_preview=on_preview,
-            preview_every=preview_every, **settings,
+            1, seed, condition=condition, negative=negative, size=size, image=image, on_step=on_step,
+            on_preview=on_preview, preview_every=preview_every, **settings,
         )  # fmt: skip
         return next(volumes)
 
@@ -141,6 +144,7 @@ class Model:
         *,
         batch: int = 1,
         condition: Condition | Sequence[Condition] | None = None,
+        negative: Condition | None = None,
         size: Sequence[int] | None = None,
         image: Volume | NDArray[np.generic] | None = None,
         on_step: OnStep | None = None,
@@ -150,11 +154,15 @@ class Model:
     ) -> Iterator[Volume]:
         """`n` volumes, `batch` at a time. Sample i takes its noise from (seed, i), whatever the batch.
 
+        With k weights of `guidance` n k volumes: sample 0 at each weight in turn, then sample 1, and so on.
+
         Args:
             n: 1..1,000,000.
             seed: 0..2^64 - 1.
             batch: samples a network call, within the artifact's axis "batch".
             condition: values by the name of a condition or field, for all samples, or a sequence of n of them.
+            negative: values by name for guidance's other branch, in place of the unconditional ones (a negative
+                prompt); what it does not name stays.
             size: the latent's spatial sizes; None: `latent_shape[1:]`, with an image the image's.
             image: an image to start from, as `encode` takes it, one for all samples; `strength` says how far it is
                 noised. The affine of a Volume passes to the samples, without an image that of a condition which is one
@@ -169,12 +177,19 @@ class Model:
                 values that are not finite.
         """
         self._check_alone("sample")
-        job, x0, frame = self._job(self.encode, seed, n, batch, condition, size, image, settings)
+        weights, settings = split_sweep(self.spec, seed, settings)
+        if batch != 1 and len(set(weights)) > 1 and not self._sampler.mixes_weights:
+            raise ValueError(
+                f"[sample] guidance: {self.engine.name} takes one weight a call; sweep with batch=1"
+            )
+        job, x0, frame = self._job(
+            self.encode, seed, n, batch, condition, negative, size, image, settings, weights
+        )
         every = self._every(preview_every) if on_preview is not None else 0
         watch = Watch(on_step=on_step, on_preview=on_preview, preview_every=every)
         if self._memory is not None:
-            self._memory.check(job_sizes(self.spec, job, min(n, batch)))
-        return self._run(job, n, batch, x0, frame, watch)
+            self._memory.check(job_sizes(self.spec, job, min(n * (len(weights) or 1), batch)))
+        return self._run(job, n * (len(weights) or 1), batch, x0, frame, watch)
 
     def submit(
         self,
@@ -182,6 +197,7 @@ class Model:
         *,
         sample: int = 0,
         condition: Condition | None = None,
+        negative: Condition | None = None,
         size: Sequence[int] | None = None,
         image: Volume | NDArray[np.generic] | None = None,
         turns: Turns = Turns(),  # noqa: B008  (frozen)
@@ -210,7 +226,9 @@ class Model:
             if self._batching is None:
                 self._batching = self._start()
             batching = self._batching
-        job, x0, frame = self._job(batching.encode, seed, number + 1, 1, condition, size, image, settings)
+        job, x0, frame = self._job(
+            batching.encode, seed, number + 1, 1, condition, negative, size, image, settings
+        )
         every = self._every(preview_every) if on_preview is not None else 0
         return batching.submit(
             job, number, turns=turns, x0=x0, frame=frame, on_step=on_step, on_preview=on_preview, preview_every=every
@@ -272,7 +290,7 @@ class Model:
                     f"[sample] size={tuple(size)}: the image's latent is {z.shape[2:]}; leave size out"
                 )
             x0, size = z[0], z.shape[2:]
-        job = make_job(self.spec, request, n, batch, condition, size)
+        job = make_job(self.spec, request, n, batch, condition, size, negative, weights)
         return job, x0, _frame(image, condition)
 
     def _every(self, preview_every: int) -> int:

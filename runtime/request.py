@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Literal, TypedDict
 
 from pydantic import Field, ValidationError
@@ -14,18 +14,22 @@ from .spec import ArtifactSpec, Frozen
 
 SAMPLES_OF_A_SEED = 1_000_000
 """Sample i of a seed has i below this."""
+MOST_WEIGHTS = 1000
+"""Of one guidance sweep."""
 OnStep = Callable[[int, int], None]
 """Called after each step with the steps done and to do, over all batches; what it raises stops the run."""
 
 
 class Settings(TypedDict, total=False):
-    """Keyword arguments of `Model.sample`: `SamplerConfig`'s and `Request`'s."""
+    """Keyword arguments of `Model.sample`: `SamplerConfig`'s and `Request`'s. Several weights of guidance are a sweep,
+    which `Model.sample_many` takes.
+    """
 
     steps: int | None
     scheduler: Method | None
     spacing: Literal["leading", "linspace", "trailing"] | None
     eta: float
-    guidance: float | None
+    guidance: float | Iterable[float] | None
     strength: float
     compat: Literal["monai-1.6"] | None
 
@@ -45,6 +49,25 @@ class Request(Frozen):
     seed: Annotated[int, Field(ge=0, lt=2**64, strict=True)] = 0
     guidance: Annotated[float, Field(ge=0, le=100)] | None = None
     strength: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+def split_sweep(spec: ArtifactSpec, seed: int, settings: Settings) -> tuple[tuple[float, ...], Settings]:
+    """The weights of a guidance sweep (none: it is no sweep), and the settings with the first of them.
+
+    Raises:
+        ValueError: no weight or more than 1000, or what `make_request` raises for any of them.
+    """
+    given = settings.get("guidance")
+    if not isinstance(given, Iterable) or isinstance(given, str | bytes):
+        return (), settings
+    weights = tuple(given)
+    if not 1 <= len(weights) <= MOST_WEIGHTS:
+        raise ValueError(f"[sample] guidance: {len(weights)} weights: need 1..{MOST_WEIGHTS}")
+    checked = [make_request(spec, seed, {**settings, "guidance": weight}).guidance for weight in weights]
+    found = tuple(weight for weight in checked if weight is not None)
+    if len(found) < len(weights):
+        raise ValueError("[sample] guidance: None among the weights; 1 is the conditional branch alone")
+    return found, {**settings, "guidance": found[0]}
 
 
 def make_request(spec: ArtifactSpec, seed: int, settings: Settings) -> Request:

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from volcast import _core
 
 from .autoencoder import decode, decode_plan, decoder_conditions
-from .denoiser import Denoiser, step_inputs
+from .denoiser import Denoiser, SweptDenoiser, step_inputs
 from .engine import Engine
-from .job import Job, stack
+from .job import Job
 from .ledger import Ledger
 from .memory import PeakMemory
 from .memory_limit import job_sizes
@@ -26,6 +26,7 @@ from .spec import ArtifactSpec
 
 Array = NDArray[np.generic]
 Images = NDArray[np.float32]
+Branches = Mapping[_core.Branch, Mapping[str, Array]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,9 @@ class Watch:
 class Sampler(ABC):
     """Runs jobs of one artifact. Not for two threads at once."""
 
+    mixes_weights = False
+    """Whether the volumes of one batch may have guidance weights of their own."""
+
     @abstractmethod
     def run(
         self, job: Job, parts: Sequence[range], x0: NDArray[np.float32] | None, watch: Watch
@@ -74,10 +78,11 @@ class Start:
     plan: _core.Plan
     x: NDArray[np.float32]
     rows: NDArray[np.float32]
-    branches: Mapping[_core.Branch, Mapping[str, Array]]
+    branches: Branches
     seeds: NDArray[np.uint64]
     samples: NDArray[np.uint64]
-    guidance: float | None
+    guidance: float | tuple[float, ...] | None
+    """One weight for all, or one each."""
 
 
 class Loop(ABC):
@@ -103,10 +108,14 @@ class HostLoop(Loop):
         row = (len(start.x), *start.rows.shape[1:])
         step = self._programs.open("step", {"x": start.x.shape, "row": row, **shapes})
         # Two calls a step with guidance: a doubled batch would open every program at another shape.
+        denoiser = Denoiser(step, start.rows, start.branches)
+        guidance = start.guidance
+        network, weight = (
+            (SweptDenoiser(denoiser, guidance), None) if isinstance(guidance, tuple) else (denoiser, guidance)
+        )
         return _core.run(
-            start.plan, start.x, Denoiser(step, start.rows, start.branches), start.seeds, start.samples,
-            guidance=start.guidance, on_step=after,
-        ).network_s  # fmt: skip
+            start.plan, start.x, network, start.seeds, start.samples, guidance=weight, on_step=after
+        ).network_s
 
 
 @final
@@ -125,13 +134,16 @@ class HostSampler(Sampler):
         self._engine = engine
         self._programs = programs
         self._loop = HostLoop(programs) if loop is None else loop
+        self.mixes_weights = loop is None
         self._ledger = ledger
 
     def run(
         self, job: Job, parts: Sequence[range], x0: NDArray[np.float32] | None, watch: Watch
     ) -> Iterator[tuple[Images, Report]]:
+        prepared_once: dict[int, Branches] = {}
         for number, part in enumerate(parts):
-            yield self._batch(job, part, x0, watch, watch.of_batch(number, len(parts), len(job.plan)))
+            on_step = watch.of_batch(number, len(parts), len(job.plan))
+            yield self._batch(job, part, x0, watch, on_step, prepared_once)
 
     def _batch(
         self,
@@ -140,7 +152,9 @@ class HostSampler(Sampler):
         x0: NDArray[np.float32] | None,
         watch: Watch,
         on_step: Callable[[int, int], None] | None,
+        kept: dict[int, Branches],
     ) -> tuple[Images, Report]:
+        """`kept`: the constants of the batch before, by its size, for a job whose volumes share their conditions."""
         programs, spec = self._programs, self._spec
         limited = programs.memory
         predicted = 0 if limited is None else limited.check(job_sizes(spec, job, len(part)))
@@ -150,9 +164,10 @@ class HostSampler(Sampler):
         time = Stopwatch(programs)
         rows = schedule_rows(programs, job)
         schedule_seconds = time.lap()
-        branches = {_core.Branch.CONDITIONAL: prepared(spec, programs, stack(job.conditional, part))}
-        if job.unconditional is not None:
-            branches[_core.Branch.UNCONDITIONAL] = prepared(spec, programs, stack(job.unconditional, part))
+        branches = kept.get(len(part)) or prepared_branches(spec, programs, job, part)
+        kept.clear()
+        if job.alike:
+            kept[len(part)] = branches
         prepare_seconds = time.lap()
 
         seeds, samples, x = first_latent(job, part, x0)
@@ -167,7 +182,7 @@ class HostSampler(Sampler):
 
         start = Start(
             plan=job.plan, x=x, rows=rows, branches=branches, seeds=seeds, samples=samples,
-            guidance=job.request.guidance,
+            guidance=job.guidance(part),
         )  # fmt: skip
         network_seconds = self._loop.run(start, after, shows)
         loop_seconds = time.lap()
@@ -211,12 +226,21 @@ def prepared(spec: ArtifactSpec, programs: Programs, values: Mapping[str, Array]
     return step_inputs(spec, values, constants)
 
 
+def prepared_branches(spec: ArtifactSpec, programs: Programs, job: Job, part: range) -> Branches:
+    """`prepared` for both branches of guidance, or the one that there is."""
+    branches = {_core.Branch.CONDITIONAL: prepared(spec, programs, job.conditions(part))}
+    negative = job.negative(part)
+    if negative is not None:
+        branches[_core.Branch.UNCONDITIONAL] = prepared(spec, programs, negative)
+    return branches
+
+
 def first_latent(
     job: Job, part: range, x0: NDArray[np.float32] | None
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.float32]]:
     """(seeds, samples, x `[N, C, D, H, W]`) with which a batch begins."""
     seeds = np.full(len(part), job.request.seed, np.uint64)
-    samples = np.arange(part.start, part.stop, dtype=np.uint64)
+    samples = job.samples(part)
     x = _core.normal(seeds, samples, 0, job.shape, np.dtype(np.float32))
     if x0 is not None:
         x = noised(job.plan, np.repeat(x0[None], len(part), axis=0), x)

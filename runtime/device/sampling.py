@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from volcast import _core
 from volcast.kernels import plan_table
-from volcast.runtime.job import Job, stack
+from volcast.runtime.job import Job
 from volcast.runtime.memory import PeakMemory
 from volcast.runtime.programs import Programs
 from volcast.runtime.report import Report, Stopwatch
@@ -136,16 +136,19 @@ class DeviceSampler(Sampler):
         memory, watched = PeakMemory(), Stopwatch(programs)
         rows = schedule_rows(programs, job)
         schedule_seconds = watched.lap()
-        branches = [prepared(spec, programs, stack(job.conditional, part))]
-        if job.unconditional is not None:
-            branches.insert(0, prepared(spec, programs, stack(job.unconditional, part)))
+        branches = [prepared(spec, programs, job.conditions(part))]
+        negative = job.negative(part)
+        if negative is not None:
+            branches.insert(0, prepared(spec, programs, negative))
         prepare_seconds = watched.lap()
 
         captured, open_seconds = self._captured(job, len(part), branches[0])
         seeds, samples, x = first_latent(job, part, x0)
         watched.lap()
         loop = captured.loop
-        loop.start(Start(job.plan, x, rows, tuple(branches), seeds, samples, job.request.guidance))
+        guidance = job.guidance(part)
+        assert not isinstance(guidance, tuple)  # Sampler.mixes_weights
+        loop.start(Start(job.plan, x, rows, tuple(branches), seeds, samples, guidance))
         timing = loop.run(watch.of_batch(*place, len(job.plan)), self._previews(captured.decoding, watch))
         loop_seconds = watched.lap()
         report = Report(
