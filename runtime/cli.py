@@ -89,7 +89,7 @@ def sample(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")] = False,
 ) -> None:
     """Sample volumes and write them as NIfTI."""
-    from .condition_text import mask_texts, parse_conditions
+    from .condition_text import mask_texts, parse_conditions, parse_weights
     from .default_artifact import default_artifact
     from .picture import mosaic, save_picture
     from .pipeline import load
@@ -113,10 +113,16 @@ def sample(
         "scheduler": scheduler,
         "spacing": spacing,
         "eta": eta,
-        "guidance": guidance,
+        "guidance": weights,
     }
     settings |= {"strength": strength, "compat": compat}
-    given = settings | {"strength": strength != 1, "mask": mask, "size": size, "image": image}
+    given = settings | {
+        "strength": strength != 1,
+        "mask": mask,
+        "size": size,
+        "image": image,
+        "negative": negative,
+    }
     choice = choice_settings(model, temperature, top_k, top_p, given)
     conditions = parse_conditions(model.spec, [*(condition or ()), *mask_texts(model.spec, mask or ())])
     lines: list[dict[str, Any] | str] = []
@@ -126,6 +132,7 @@ def sample(
         if isinstance(model, TokenModel):
             volumes = model.sample_many(count, seed, **common, **choice)
         else:
+            common["negative"] = parse_conditions(model.spec, negative) if negative else None
             volumes = model.sample_many(count, seed, **common, size=latent, image=start, **settings)
         for number, (path, volume) in enumerate(zip(outputs, volumes, strict=True)):
             volume.save(path, f"volcast {model.spec.name} seed {seed}")
