@@ -9,6 +9,10 @@ set's standard deviations and averaged over the scales. It does not compare with
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import final
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,6 +24,48 @@ SMALLEST = 4
 Array = NDArray[np.float64]
 
 
+@final
+@dataclass(frozen=True, kw_only=True)
+class FeatureMoments:
+    """Of the features of `N` images at every scale: observations `[N]`, means `[N, F]` and covariances `[N, F, F]`.
+
+    An image's channels count as more of its voxels.
+    """
+
+    counts: tuple[Array, ...]
+    means: tuple[Array, ...]
+    covariances: tuple[Array, ...]
+
+    def of(self, rows: NDArray[np.intp]) -> FeatureMoments:
+        """Those of the images `rows` alone."""
+        return FeatureMoments(
+            counts=tuple(each[rows] for each in self.counts),
+            means=tuple(each[rows] for each in self.means),
+            covariances=tuple(each[rows] for each in self.covariances),
+        )
+
+    def pooled(self) -> list[tuple[Array, Array]]:
+        """By scale, the mean `[F]` and the covariance `[F, F]` of all images' features at once."""
+        return [_pooled(*each) for each in zip(self.counts, self.means, self.covariances, strict=True)]
+
+
+def feature_moments(images: Iterable[NDArray[np.generic]], shape: Sequence[int]) -> FeatureMoments:
+    """Of images `[C, D, H, W]` or `[C, H, W]` of the spatial `shape`, one in memory at a time.
+
+    Raises:
+        ValueError: an axis of fewer than 4 voxels, which has no inner ones.
+    """
+    if min(shape) < SMALLEST:
+        raise ValueError(f"[frechet] got {tuple(shape)}: need {SMALLEST} voxels an axis or more")
+    scales = [scale for scale in SCALES if min(shape) // scale >= SMALLEST]
+    found = [[_image_moments(image, scale) for scale in scales] for image in images]
+    counts, means, covariances = (
+        tuple(np.stack([each[scale][part] for each in found]) for scale in range(len(scales)))
+        for part in range(3)
+    )
+    return FeatureMoments(counts=counts, means=means, covariances=covariances)
+
+
 def frechet(found: NDArray[np.generic], wanted: NDArray[np.generic]) -> float:
     """The distance of the volumes `found` from `wanted`, `[N, C, D, H, W]` or `[N, C, H, W]`; 0: the same moments.
 
@@ -28,11 +74,13 @@ def frechet(found: NDArray[np.generic], wanted: NDArray[np.generic]) -> float:
     Raises:
         ValueError: an axis of fewer than 4 voxels, which has no inner ones.
     """
-    if min(wanted.shape[2:]) < SMALLEST:
-        raise ValueError(f"[frechet] got {wanted.shape}: need {SMALLEST} voxels an axis or more")
+    return frechet_of_moments(*(feature_moments(each, wanted.shape[2:]) for each in (found, wanted)))
+
+
+def frechet_of_moments(found: FeatureMoments, wanted: FeatureMoments) -> float:
+    """As `frechet`, of the images' moments."""
     distances = []
-    for scale in (scale for scale in SCALES if min(wanted.shape[2:]) // scale >= SMALLEST):
-        (mean_a, covariance_a), (mean_b, covariance_b) = (moments(each, scale) for each in (found, wanted))
+    for (mean_a, covariance_a), (mean_b, covariance_b) in zip(found.pooled(), wanted.pooled(), strict=True):
         deviation = np.sqrt(np.diag(covariance_b))
         # What never varies in `wanted` has no unit of its own.
         unit = np.where(deviation > 0, deviation, 1)
@@ -43,16 +91,18 @@ def frechet(found: NDArray[np.generic], wanted: NDArray[np.generic]) -> float:
     return float(np.mean(distances))
 
 
-def moments(volumes: NDArray[np.generic], scale: int) -> tuple[Array, Array]:
-    """Mean `[F]` and covariance `[F, F]` of the features of `volumes`, one volume in memory at a time."""
-    parts = [
-        (len(each), each.mean(axis=0), np.cov(each, rowvar=False))
-        for each in (features(volume, scale) for sample in volumes for volume in sample)
-    ]
-    total = sum(count for count, _, _ in parts)
-    mean = sum(count * each for count, each, _ in parts) / total
-    spread = sum((n - 1) * inside + n * np.outer(each - mean, each - mean) for n, each, inside in parts)
-    return np.asarray(mean), np.asarray(spread / (total - 1))
+def _image_moments(image: NDArray[np.generic], scale: int) -> tuple[Array, Array, Array]:
+    parts = [features(volume, scale) for volume in image]
+    each = np.concatenate(parts) if len(parts) > 1 else parts[0]
+    return np.asarray(float(len(each))), each.mean(axis=0), np.cov(each, rowvar=False)
+
+
+def _pooled(counts: Array, means: Array, covariances: Array) -> tuple[Array, Array]:
+    total = counts.sum()
+    mean = counts @ means / total
+    apart = means - mean
+    spread = np.tensordot(counts - 1, covariances, 1) + (counts[:, None] * apart).T @ apart
+    return mean, spread / (total - 1)
 
 
 def features(volume: NDArray[np.generic], scale: int) -> Array:

@@ -6,9 +6,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from monai.metrics.fid import get_fid_score
+from monai.metrics.fid import FIDMetric, get_fid_score
 
-from volcast.export.frechet import features, frechet, frechet_distance, moments
+from volcast.export.frechet import feature_moments, features, frechet, frechet_distance
+
+
+def moments(x: np.ndarray, scale: int) -> tuple[np.ndarray, np.ndarray]:
+    return feature_moments(x, x.shape[2:]).pooled()[{1: 0, 2: 1, 4: 2}[scale]]
 
 
 def volumes(*shape: int, seed: int = 0) -> np.ndarray:
@@ -54,7 +58,7 @@ def test_features_of_a_ramp_and_a_parabola() -> None:
 
 
 def test_moments_are_those_of_all_voxels_at_once() -> None:
-    x = volumes(3, 2, 6, 7, 8)
+    x = volumes(3, 2, 6, 7, 8)  # two channels are more voxels
     together = np.concatenate([features(volume, 1) for sample in x for volume in sample])
     mean, covariance = moments(x, 1)
     np.testing.assert_allclose(mean, together.mean(axis=0), rtol=1e-10, atol=1e-12)
@@ -70,6 +74,29 @@ def test_the_distance_of_a_shift_and_of_a_contrast() -> None:
     # k times the contrast scales all deviations by k: (k - 1)^2 tr C for C in the reference's units, which is 5 features.
     zero = x - x.mean()
     assert frechet(2 * zero, zero) == pytest.approx(5, rel=0.02)
+
+
+def test_of_some_images_is_as_if_there_were_no_others() -> None:
+    x, rows = volumes(5, 1, 8, 8), np.array([0, 3, 4])
+    for found, wanted in zip(
+        feature_moments(x, (8, 8)).of(rows).pooled(), feature_moments(x[rows], (8, 8)).pooled(), strict=True
+    ):
+        np.testing.assert_array_equal(found[0], wanted[0])
+        np.testing.assert_array_equal(found[1], wanted[1])
+
+
+def test_it_is_monai_s_on_the_features_in_the_reference_s_units() -> None:
+    """MONAI's FIDMetric on every scale's feature vectors, a voxel a row, averaged over the scales."""
+    x, y = volumes(3, 1, 8, 9, 10), 1.3 * volumes(4, 1, 8, 9, 10, seed=1) + 0.2
+    wanted = []
+    for scale in (1, 2):
+        rows = [np.concatenate([features(v, scale) for sample in z for v in sample]) for z in (x, y)]
+        unit = rows[1].std(axis=0, ddof=1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            wanted.append(float(FIDMetric()(*(torch.from_numpy(each / unit) for each in rows))))
+    # SciPy's square root of a product that is nearly normal: half the digits of float64 to spare.
+    assert frechet(x, y) == pytest.approx(np.mean(wanted), rel=1e-8)
 
 
 def test_scales_are_as_many_as_fit() -> None:
