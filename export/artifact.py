@@ -23,22 +23,26 @@ def export_bundle(
     precision: Precision = Precision.FP32,
     batch: tuple[int, int] = (1, 64),
     replace: bool = False,
+    reuse: bool = False,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> ArtifactSpec:
     """Export `bundle` to `folder` and return the manifest; `progress` is told the stage that begins.
 
-    Raises ValueError where the folder exists (and not `replace`) or cannot be written, the batch range is empty, or
-    a network cannot be captured.
+    `reuse`: with the programs for `reuse` in `Model.sample`, which share the step's weights in a file beside it.
+
+    Raises ValueError where the folder exists (and not `replace`) or cannot be written, the batch range is empty, a
+    network cannot be captured, or (`reuse`) has no one tensor that comes up from below its top level.
     """
     check_batch(batch)
     with atomic_folder(folder, replace=replace) as temporary:
         progress("capture")
         model = capture_model(
             bundle.unet, bundle.autoencoder, bundle.latent_shape, bundle.conditions, batch, bundle.controls,
-            bundle.encodings,
+            bundle.encodings, reuse,
         )  # fmt: skip
         versions = tool_versions()
-        provenance = {**bundle.provenance, "passes": " ".join(PASSES), **versions}
+        passes = (*PASSES, "reuse") if reuse else PASSES
+        provenance = {**bundle.provenance, "passes": " ".join(passes), **versions}
         programs = write_programs(model, temporary, precision, versions, progress)
         slabs: SlabSpec | None = None
         if "decode" in programs:
@@ -61,6 +65,7 @@ def export_bundle(
             spacing_mm=bundle.spacing_mm,
             conditions=bundle.conditions,
             slabs=slabs,
+            low_res=bundle.low_res,
             provenance=provenance,
             files=digests(temporary),
         )
@@ -86,13 +91,21 @@ def write_programs(
     metadata: dict[str, str],
     progress: Callable[[str], None],
 ) -> dict[str, ProgramSpec]:
-    """Each program as `<name>.onnx` in `folder`, and its description."""
+    """Each program as `<name>.onnx` in `folder`, and its description.
+
+    Programs that run parts of the step once more read its weights, which then lie in a file of their own.
+    """
+    step = folder / "step.onnx"
+    sharing = [name for name in model.programs if name.startswith("step_")]
     written: dict[str, ProgramSpec] = {}
     for name, program in model.programs.items():
         progress(name)
         path = folder / f"{name}.onnx"
         tensors = program.inputs, program.outputs
-        to_onnx(program.graph, path, tensors, precision=precision, metadata=metadata)
+        to_onnx(
+            program.graph, path, tensors, precision=precision, metadata=metadata,
+            apart=bool(sharing) and path == step, weights_of=step if name in sharing else None,
+        )  # fmt: skip
         written[name] = ProgramSpec(
             file=path.name,
             inputs=program.inputs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -42,6 +43,9 @@ def export(
     controlnets: Controlnets = [],  # noqa: B006
     precision: Annotated[Precision, typer.Option(help="How the weights are stored.")] = Precision.FP32,
     batch: Annotated[str, typer.Option(help="Smallest:largest batch.")] = "1:64",
+    reuse: Annotated[
+        bool, typer.Option("--reuse", help="With two more programs, for `volcast sample --reuse`.")
+    ] = False,
     force: Annotated[bool, typer.Option(help="Replace the artifact in OUTPUT.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -49,6 +53,12 @@ def export(
     smallest, largest = _batch(batch)
     if output.exists() and not force:
         raise ValueError(f"[export] {output} exists: remove it, choose another name, or pass --force")
+    from .generator_bundle import has_generator
+
+    if has_generator(bundle, config):
+        given = {"--controlnet": controlnets}
+        _export_generator(bundle, output, config, weights, settings, precision, (smallest, largest), force, as_json, given)
+        return
     from .artifact import export_bundle
     from .transformer_artifact import STAGES, export_transformer
     from .transformer_bundle import has_transformer
@@ -58,15 +68,20 @@ def export(
         raise ValueError(
             "[export] --controlnet: the config is a transformer's, which none steers; leave it out"
         )
+    if tokens and reuse:
+        raise ValueError("[export] --reuse: the config is a transformer's, which has no steps; leave it out")
     read: Any = (
         _read_tokens(bundle, config, weights, settings)
         if tokens
         else _read(bundle, config, weights, settings, controlnets)
     )
-    stages = ["capture", "schedule", "prepare", "step", "decode", "encode", "slabs", "manifest"]
+    stages = ["capture", "schedule", "prepare", "step", *(["step_deep", "step_shallow"] if reuse else [])]
+    stages += ["decode", "encode", "slabs", "manifest"]
     if tokens:
         stages = list(STAGES)
-    write: Callable[..., Manifest] = export_transformer if tokens else export_bundle
+    write: Callable[..., Manifest] = (
+        export_transformer if tokens else functools.partial(export_bundle, reuse=reuse)
+    )
     with tqdm(total=len(stages), desc="export", unit="stage", file=sys.stderr, disable=None) as bar:
 
         def progress(stage: str) -> None:
@@ -83,6 +98,34 @@ def export(
         print(
             f"{output}: {spec.name}, {precision.value} weights, step {step.nodes} nodes (was {step.nodes_before})"
         )
+
+
+def _export_generator(
+    bundle: Path, output: Path, config: Path | None, weights: list[str], settings: list[str], precision: Precision,
+    batch: tuple[int, int], force: bool, as_json: bool, other: dict[str, Any],
+) -> None:  # fmt: skip
+    from .generator_artifact import STAGES, export_generator
+
+    _leave_out("export", "the config's network makes an image in one pass", other)
+    read = _read_generator(bundle, config, weights, settings)
+    with tqdm(total=len(STAGES), desc="export", unit="stage", file=sys.stderr, disable=None) as bar:
+
+        def progress(stage: str) -> None:
+            bar.set_postfix_str(stage)
+            bar.update(STAGES.index(stage) - bar.n)
+
+        spec = export_generator(
+            read, output, precision=precision, batch=batch, replace=force, progress=progress
+        )
+    nodes = ", ".join(f"{name} {program.nodes} nodes" for name, program in spec.programs.items())
+    print(spec.model_dump_json() if as_json else f"{output}: {spec.name}, {precision.value} weights, {nodes}")
+
+
+def _leave_out(operation: str, why: str, given: dict[str, Any]) -> None:
+    """ValueError: options, by name, that this kind of model has no use for."""
+    named = [name for name, value in given.items() if value not in (None, [], False)]
+    if named:
+        raise ValueError(f"[{operation}] {', '.join(named)}: {why}; leave it out")
 
 
 def verify(
@@ -116,11 +159,22 @@ def verify(
     from volcast.runtime.artifact import read_manifest
     from volcast.runtime.condition_text import parse_conditions
     from volcast.runtime.default_artifact import BUNDLE, default_artifact
+    from volcast.runtime.generator_spec import GeneratorSpec
     from volcast.runtime.token_spec import TokenSpec
 
     folder = default_artifact() if artifact is None else artifact
     spec = read_manifest(folder)
     given = parse_conditions(spec, condition)
+    if isinstance(spec, GeneratorSpec):
+        unused = {"--against": against, "--steps": steps, "--guidance": guidance, "--controlnet": controlnets}
+        _leave_out("verify", f"{spec.name} makes an image in one pass", unused | {"--samples": samples})
+        if bundle is None:
+            raise ValueError(f"[verify] BUNDLE: give the bundle that {spec.name} was exported from")
+        from .generator_verify import verify_generator
+
+        network = _read_generator(bundle, config, weights, settings)
+        _finish(verify_generator(folder, network, engine=engine, seed=seed, condition=given), as_json)
+        return
     if isinstance(spec, TokenSpec):
         if against is not None or steps is not None or guidance is not None or controlnets:
             raise ValueError(
@@ -179,6 +233,14 @@ def _read_tokens(bundle: Path, config: Path | None, weights: list[str], settings
 
     files, values = _files(weights), _settings(settings)
     return read_transformer(bundle, config=config, weights=files, settings=values)
+
+
+def _read_generator(
+    bundle: Path, config: Path | None, weights: list[str], settings: list[str]
+) -> Any:
+    from .generator_bundle import read_generator
+
+    return read_generator(bundle, config=config, weights=_files(weights), settings=_settings(settings))
 
 
 def _files(weights: list[str]) -> dict[str, Path]:

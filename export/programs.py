@@ -13,13 +13,14 @@ from monai.networks.nets.spade_diffusion_model_unet import SPADEDiffusionModelUN
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from volcast.runtime.spec import Axis, ConditionSpec, TensorSpec
+from volcast.runtime.spec import TAU, Axis, ConditionSpec, TensorSpec
 
 from .capture import capture
 from .graph import count_flops, count_nodes, hint, inputs, is_free, outputs, shape_of, symbol
 from .networks import MASK, Control, Decoder, Denoiser, Encoder, plain_modules
 from .passes.hoist import hoist
 from .passes.phase_conv import phase_conv
+from .passes.reuse import FEATURE, reuse
 from .passes.single_token_attention import single_token_attention
 from .to_onnx import tensor_specs
 
@@ -57,11 +58,12 @@ def capture_model(
     batch: tuple[int, int],
     controls: Sequence[Control] = (),
     encodings: Mapping[str, Tensor] = MappingProxyType({}),
+    reused: bool = False,
 ) -> CapturedModel:
     """Capture and optimise every program of a latent (or, without autoencoder, pixel-space) diffusion model.
 
     `latent_shape` is `(C, *spatial)`, the default size; `batch` the smallest and largest batch to admit; `controls` and
-    `encodings` as `Denoiser` takes them.
+    `encodings` as `Denoiser` takes them; `reused`: with the programs that `passes/reuse` makes of the step.
     """
     spatial = tuple(latent_shape[1:])
     multiple = 2 ** (_levels(unet) - 1)
@@ -95,6 +97,8 @@ def capture_model(
     others = {MASK} - {control.hint for control in controls}
     if isinstance(unet, SPADEDiffusionModelUNet):
         others = set()
+    if getattr(unet, "num_class_embeds", None) is None:
+        others |= {TAU}  # the network is not told the level to which its low-resolution image was noised
     shown = [condition for condition in conditions if condition.name not in others]
     denoiser = Denoiser(
         plain_modules(unet),
@@ -102,7 +106,7 @@ def capture_model(
         [replace(control, network=plain_modules(control.network)) for control in controls],
         {name: table for name, table in encodings.items() if name not in others},
     )
-    programs = capture_denoiser(denoiser, latent_shape, shown, multiple, scale) | rest
+    programs = capture_denoiser(denoiser, latent_shape, shown, multiple, scale, reused) | rest
     named = {size for p in programs.values() for t in (*p.inputs, *p.outputs) for size in t.shape}
     return CapturedModel(programs=programs, axes=tuple(axis for axis in axes if axis.name in named))
 
@@ -122,10 +126,12 @@ def capture_denoiser(
     conditions: Sequence[ConditionSpec],
     multiple: int,
     scale: Sequence[int],
+    reused: bool = False,
 ) -> dict[str, CapturedProgram]:
     """`schedule`, `prepare` (if anything depends on the conditions alone) and `step`.
 
-    `multiple`: of what number the latent's sizes are multiples; `scale`: an image's size over its latent's, an axis.
+    `multiple`: of what number the latent's sizes are multiples; `scale`: an image's size over its latent's, an axis;
+    `reused`: `step_deep` and `step_shallow` too.
     """
     dims = range(len(latent_shape) - 1)
     latent = {f"d{i}": latent_shape[1 + i] for i in dims}
@@ -170,6 +176,11 @@ def capture_denoiser(
         known |= dict(zip(names, constants, strict=True))
     before = (count_nodes(original), original_flops)
     result["step"] = _program(cut.step, axes, ["out"], known, before)
+    if reused:
+        parts = reuse(cut.step)
+        known[FEATURE] = torch.zeros(1, parts.channels, *latent_shape[1:])
+        result["step_deep"] = _program(parts.deep, axes, ["out", FEATURE], known, before)
+        result["step_shallow"] = _program(parts.shallow, axes, ["out"], known, before)
     return result
 
 

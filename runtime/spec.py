@@ -193,6 +193,15 @@ class SchedulerSpec(Frozen):
         return self
 
 
+LOW_RES, LEVEL, TAU = "low_res", "noise_level", "tau"
+"""An upscaler's conditions: its low-resolution image, and `tau`, whose only field is the noise level."""
+
+class LowResSpec(Frozen):
+    """How an upscaler's low-resolution image is noised before sampling: level tau is this schedule's timestep tau."""
+
+    noise_schedule: NoiseSchedule = NoiseSchedule()
+
+
 class Ratio(Frozen):
     """`(n0 + sum n_i f_i) / (d0 + sum d_i f_i)` over other fields; the key "" holds the constant."""
 
@@ -276,7 +285,9 @@ class Manifest(Frozen):
     name: Annotated[str, Field(min_length=1, max_length=200)]
     precision: Annotated[Precision | Literal["int8"], BeforeValidator(_known_precision)]
     axes: tuple[Axis, ...]
-    programs: dict[Literal["schedule", "prepare", "step", "decode", "encode"], ProgramSpec]
+    programs: dict[
+        Literal["schedule", "prepare", "step", "step_deep", "step_shallow", "decode", "encode", "gradient"], ProgramSpec
+    ]
     spacing_mm: Annotated[
         tuple[Annotated[float, Field(gt=0, le=1000)], ...], Field(min_length=2, max_length=3)
     ]
@@ -321,7 +332,8 @@ class ArtifactSpec(Manifest):
     """The manifest of a diffusion model.
 
     `latent_shape` is `(C, *spatial)` at the default size (of the volume itself for a pixel-space model, which has
-    no `decode`). `slabs` is `decode` cut for little memory.
+    no `decode`). `slabs` is `decode` cut for little memory. `low_res`: it is an upscaler's. `step_deep`, which gives the feature that comes up from
+    below the network's top level besides, and `step_shallow`, which takes it, are for `reuse` and stand together.
     """
 
     format: Annotated[int, Field(ge=1, le=FORMAT)]
@@ -329,12 +341,41 @@ class ArtifactSpec(Manifest):
     scale_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     latent_shape: Annotated[tuple[PositiveInt, ...], Field(min_length=3, max_length=4)]
     slabs: SlabSpec | None = None
+    low_res: LowResSpec | None = None
+
+    @model_validator(mode="after")
+    def _upscales(self) -> ArtifactSpec:
+        if self.low_res is None:
+            return self
+        found = {one.name: one for one in self.conditions}
+        levels = self.low_res.noise_schedule.num_train_timesteps
+        if LOW_RES not in found or len(found[LOW_RES].shape) != len(self.latent_shape):
+            raise ValueError(f"low_res needs a condition {LOW_RES} of the latent's rank")
+        fields = found[TAU].fields if TAU in found else ()
+        if len(fields) != 1 or found[TAU].dtype != "int64" or not 0 <= fields[0].minimum <= fields[0].maximum < levels:
+            raise ValueError(f"low_res needs a whole number {TAU} with one field, within 0..{levels - 1}")
+        return self
 
     @model_validator(mode="after")
     def _spaced(self) -> ArtifactSpec:
         if len(self.spacing_mm) != len(self.latent_shape) - 1:
             raise ValueError(f"spacing_mm {self.spacing_mm} does not fit latent_shape {self.latent_shape}")
         return self
+
+    @model_validator(mode="after")
+    def _reusable(self) -> ArtifactSpec:
+        if self.reuses:
+            (_, *made), taken = self.programs["step_deep"].outputs, self.programs["step_shallow"].inputs
+            if len(made) != 1 or made[0] not in taken:
+                raise ValueError("step_deep does not make the one feature that step_shallow takes")
+        elif not {"step_deep", "step_shallow"}.isdisjoint(self.programs):
+            raise ValueError("of step_deep and step_shallow one is missing")
+        return self
+
+    @property
+    def reuses(self) -> bool:
+        """Whether it holds the programs for `reuse`."""
+        return {"step_deep", "step_shallow"} <= self.programs.keys()
 
     def required_programs(self) -> set[str]:
         return {"schedule", "step"}
