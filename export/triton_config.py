@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final, get_args
 
-import numpy as np
-
 from volcast.runtime.atomic import atomic_folder
 from volcast.runtime.engine_name import EngineName
 from volcast.runtime.interface import Tensor, inputs, outputs
@@ -21,8 +19,6 @@ ON_GPU = [
     for name in get_args(EngineName)
     if name.startswith(("cuda", "tensorrt", "onnxruntime-cuda", "onnxruntime-tensorrt"))
 ]
-WARM_UP = "steps"
-"""The input whose value the warm-up reads from a file of this name: one step."""
 _TYPES = {
     "float16": "FP16", "float32": "FP32", "float64": "FP64", "int32": "INT32", "int64": "INT64",
     "uint8": "UINT8", "uint16": "UINT16", "uint64": "UINT64",
@@ -81,18 +77,16 @@ def triton_config(spec: ArtifactSpec, name: str, serving: Serving = Serving()) -
     lines += [line for tensor in outputs(spec) for line in _tensor("output", tensor)]
     for key, value in parameters.items():
         lines.append(f"parameters {{ key: {json.dumps(key)} value {{ string_value: {json.dumps(value)} }} }}")
-    return "\n".join([*lines, *_warm_up(spec), ""])
+    return "\n".join([*lines, ""])
 
 
 def write_model(folder: Path, name: str, spec: ArtifactSpec, serving: Serving = Serving()) -> None:
-    """Write the model `name` into the repository `folder`: config.pbtxt, 1/model.py, the warm-up's input."""
+    """Write the model `name` into the repository `folder`: config.pbtxt and 1/model.py."""
     text = triton_config(spec, name, serving)
     with atomic_folder(folder / name) as model:
         (model / "config.pbtxt").write_text(text)
         (model / "1").mkdir()
         shutil.copyfile(BACKEND, model / "1" / "model.py")
-        (model / "warmup").mkdir()
-        (model / "warmup" / WARM_UP).write_bytes(np.array([1], "<i4").tobytes())
 
 
 BACKEND = Path(__file__).parent.parent / "triton_repo" / "hippocampus" / "1" / "model.py"
@@ -105,25 +99,3 @@ def _tensor(kind: str, tensor: Tensor, rest: str = "") -> list[str]:
         f"# {' '.join(tensor.text.split())}",
         f"{kind} {{ name: {json.dumps(tensor.name)} data_type: TYPE_{_TYPES[tensor.dtype]} dims: [ {dims} ]{rest} }}",
     ]
-
-
-def _warm_up(spec: ArtifactSpec) -> list[str]:
-    sizes = {axis.name: axis.minimum for axis in spec.axes}
-    x = next(tensor for tensor in spec.programs["step"].inputs if tensor.name == "x")
-    for axis, size in zip(x.shape[1:], spec.latent_shape, strict=True):
-        if isinstance(axis, str):
-            sizes[axis] = size
-    found = [
-        f'  inputs {{ key: "steps" value {{ data_type: TYPE_INT32 dims: [ 1 ] input_data_file: "{WARM_UP}" }} }}'
-    ]
-    for condition in spec.conditions:
-        if not condition.fields:
-            dims = (
-                ", ".join(str(sizes[size] if isinstance(size, str) else size) for size in condition.shape)
-                or "1"
-            )
-            found.append(
-                f"  inputs {{ key: {json.dumps(condition.name)} value {{ data_type: TYPE_{_TYPES[condition.dtype]} "
-                f"dims: [ {dims} ] zero_data: true }} }}"
-            )
-    return ["model_warmup {", '  name: "one step"', "  batch_size: 1", *found, "}"]

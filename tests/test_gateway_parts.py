@@ -13,9 +13,9 @@ from volcast.__main__ import app
 from volcast.runtime.artifact import read_artifact
 from volcast.runtime.interface import read_request
 from volcast.runtime.pipeline import load
+from volcast.runtime.probe import probe_tensors
 from volcast.runtime.spec import ArtifactSpec
 from volcast.triton_repo.gateway.body import BodyReader, parse_json, volume_shape
-from volcast.triton_repo.gateway.health import probe_tensors
 from volcast.triton_repo.gateway.keys import NOBODY, Keys, read_keys
 from volcast.triton_repo.gateway.quota import Quotas
 from volcast.triton_repo.gateway.refusal import Refusal

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,12 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnx.numpy_helper
 import pytest
+from broken import without_numbers
 from served import Served, start
 
-from volcast.runtime.artifact import digests
 from volcast.runtime.client import Client, Unavailable
 from volcast.runtime.pipeline import Model, load
 from volcast.runtime.volume import read_nifti
@@ -214,19 +211,11 @@ def test_what_dies_or_hangs_comes_back_and_who_waits_is_answered(
 
 
 def test_a_model_that_cannot_sample_is_not_served(gaussian: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
-    shutil.copytree(gaussian, broken)
-    schedule = onnx.load(broken / "schedule.onnx")
-    (table,) = [one for one in schedule.graph.initializer if one.name == "table"]
-    table.CopyFrom(onnx.numpy_helper.from_array(np.full(list(table.dims), np.nan, np.float32), "table"))
-    onnx.save(schedule, broken / "schedule.onnx")
-    manifest = json.loads((broken / "manifest.json").read_text())
-    (broken / "manifest.json").write_text(json.dumps({**manifest, "files": digests(broken)}))
     # What a server left that nobody could stop goes as the next one starts.
     space = os.readlink("/proc/self/ns/pid").strip("pid:[]")
     left = Path("/dev/shm") / f"volcast_999999999_{space}_left"
     left.touch()
-    running = start(broken)
+    running = start(without_numbers(gaussian, tmp_path / "broken"))
     try:
         assert running.process.wait(60) == 2
         running.wait("volcast: [serve] tritonserver did not start")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from volcast.export.triton_config import WARM_UP, Serving, model_name, triton_config, write_model
+from volcast.export.triton_config import Serving, model_name, triton_config, write_model
 from volcast.runtime.artifact import read_artifact
 from volcast.runtime.default_artifact import NAME
 from volcast.runtime.interface import inputs, outputs
@@ -32,8 +31,6 @@ def test_the_config_describes_every_tensor(gaussian: Path) -> None:
     assert {key: value.string_value for key, value in config.parameters.items()} == {
         "artifact": '/a "b"', "artifact_sha256": "", "engine": "auto", "threads": "2", "active": "64", "queue": "9",
     }  # fmt: skip
-    (warm_up,) = config.model_warmup
-    assert warm_up.inputs["steps"].input_data_file == WARM_UP
 
 
 def test_an_engine_on_a_gpu_gets_an_instance_on_each(gaussian: Path) -> None:
@@ -48,15 +45,6 @@ def test_an_engine_on_a_gpu_gets_an_instance_on_each(gaussian: Path) -> None:
         assert group.kind == kind
 
 
-def test_a_condition_without_fields_is_warmed_up_with_zeros(gaussian: Path) -> None:
-    spec = read_artifact(gaussian)
-    mask = spec.conditions[0].model_copy(
-        update={"name": "mask", "fields": (), "shape": (1, "d0", "d1", "d2")}
-    )
-    config = parsed(triton_config(spec.model_copy(update={"conditions": (mask,)}), "g"))
-    assert list(config.model_warmup[0].inputs["mask"].dims) == [1, 4, 6, 4]
-
-
 def test_a_name_with_odd_letters_becomes_a_folder(gaussian: Path, tmp_path: Path) -> None:
     spec = read_artifact(gaussian).model_copy(update={"name": "../brain LDM"})
     assert model_name(spec) == "___brain_LDM"
@@ -65,7 +53,6 @@ def test_a_name_with_odd_letters_becomes_a_folder(gaussian: Path, tmp_path: Path
     assert (model / "1" / "model.py").read_bytes() == (
         REPOSITORY / "hippocampus" / "1" / "model.py"
     ).read_bytes()
-    assert np.fromfile(model / "warmup" / WARM_UP, "<i4").tolist() == [1]
     with pytest.raises(ValueError, match="exists"):
         write_model(tmp_path, model_name(spec), spec)
 

@@ -63,9 +63,9 @@ def serve(
     from volcast.runtime.atomic import sha256
     from volcast.runtime.default_artifact import NAME, default_artifact
     from volcast.runtime.engine_auto import resolve_engine
+    from volcast.runtime.probe import probe_tensors
 
     from .gateway.application import LOOPBACK, Application
-    from .gateway.health import probe_tensors
     from .gateway.keys import read_keys
     from .gateway.log import log_to_stderr
     from .gateway.server import Gateway, check_exposure

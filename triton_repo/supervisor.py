@@ -138,10 +138,7 @@ class Supervisor:
         )  # fmt: skip
 
     def _wait_ready(self, pulse: Pulse) -> str | None:
-        """Until the model gives a volume: why it does not; None: it does, or `stop`.
-
-        Triton's own word is not enough: it calls a model ready whose warm-up has failed.
-        """
+        """Until the model gives a volume: why it does not; None: it does, or `stop`."""
         end = time.monotonic() + LOAD_S
         fault = pulse.fault()
         while fault is not None and not self._stop.is_set():

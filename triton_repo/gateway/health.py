@@ -7,10 +7,8 @@ import time
 from contextlib import aclosing
 from typing import final
 
-import numpy as np
-
-from volcast.runtime.interface import Array, as_bytes, inputs, text_of
-from volcast.runtime.sizes import latent_sizes
+from volcast.runtime.interface import text_of
+from volcast.runtime.probe import probe_tensors
 from volcast.runtime.spec import ArtifactSpec
 
 from .log import LOGGER
@@ -57,21 +55,3 @@ class Readiness:
             LOGGER.warning("not ready", extra={"fields": {"reason": refusal.message}})
             # Anyone may ask: the server's own words stay in the log.
             return refusal.message if refusal.code == "unavailable" else "the server fails; see the log"
-
-
-def probe_tensors(spec: ArtifactSpec) -> dict[str, Array]:
-    """The smallest request: one step, conditions that must be given at their least."""
-    _, sizes = latent_sizes(spec)
-    dtypes = {tensor.name: tensor.dtype for tensor in inputs(spec)}
-    found: dict[str, Array] = {
-        "seed": np.array([0], np.uint64), "steps": np.array([1], np.int32), "priority": np.array([8], np.int32),
-        "output_format": as_bytes("nifti"),
-    }  # fmt: skip
-    for condition in spec.conditions:
-        if not condition.fields:
-            shape = [
-                sizes.get(one, spec.axis(one).minimum) if isinstance(one, str) else one
-                for one in condition.shape
-            ]
-            found[condition.name] = np.full(shape or [1], condition.minimum or 0, dtypes[condition.name])
-    return found

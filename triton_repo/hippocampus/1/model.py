@@ -23,6 +23,7 @@ from volcast.runtime.artifact import MANIFEST
 from volcast.runtime.atomic import sha256
 from volcast.runtime.interface import Array
 from volcast.runtime.pipeline import load
+from volcast.runtime.probe import warm_up
 from volcast.runtime.service import Reason, Reply, Service
 from volcast.triton_repo.metrics import Metrics
 
@@ -92,6 +93,12 @@ class TritonPythonModel:
         active, queue = int(given["active"]), int(given["queue"])
         model = load(artifact, given["engine"], threads, active=active, queue=queue)
         self._service = Service(model, most=active + queue)
+        try:
+            # Not Triton's model_warmup: release 24.10 calls a model ready whose warm-up failed, or crashes of it.
+            warm_up(self._service, model.spec)
+        except ValueError:
+            self._service.close()
+            raise
         self._metrics = Metrics(
             self._service, {"model": args["model_name"], "version": args["model_version"]}
         )
