@@ -29,7 +29,8 @@ struct Batcher::Sample {
     Sample(std::uint64_t id, Submission submission, std::size_t numel)
         : id(id),
           asked(std::move(submission)),
-          state(*asked.plan, asked.seed, asked.sample, numel) {
+          state(*asked.plan, asked.seed, asked.sample, numel,
+                asked.known.empty() ? Known<float>{} : Known<float>{asked.known.data(), asked.keep.data()}) {
         turn.remaining = steps();
         turn.priority = asked.priority;
         turn.arrival = id;
@@ -73,6 +74,9 @@ std::uint64_t Batcher::submit(Submission submission) {
     const Group& group = groups_[submission.group];
     const std::size_t steps = submission.plan->rows.size(), inputs = group.input_bytes.size();
     check(submission.x.size() == group.numel, "batcher", "x has ", submission.x.size(), " values: need ", group.numel);
+    const bool fits = submission.known.empty() || submission.known.size() == group.numel;
+    check(fits && submission.keep.size() == submission.known.size(), "batcher", "known has ", submission.known.size(),
+          " values and keep ", submission.keep.size(), ": need ", group.numel, " each, or none");
     check(submission.rows->size() == steps * group.row, "batcher", "rows has ", submission.rows->size(),
           " values: need ", steps, " x ", group.row);
     check(submission.priority >= -8 && submission.priority <= 8, "batcher", "priority=", submission.priority,
@@ -81,9 +85,9 @@ std::uint64_t Batcher::submit(Submission submission) {
           submission.deadline_s.value_or(0), ": need more than 0");
     for (const auto* branch : {&submission.conditional, &submission.unconditional}) {
         if (branch == &submission.unconditional && !submission.guidance) continue;
-        bool fits = branch->size() == inputs;
-        for (std::size_t i = 0; fits && i < inputs; ++i) fits = (*branch)[i].size() == group.input_bytes[i];
-        check(fits, "batcher", "the conditions do not have the group's sizes");
+        bool same = branch->size() == inputs;
+        for (std::size_t i = 0; same && i < inputs; ++i) same = (*branch)[i].size() == group.input_bytes[i];
+        check(same, "batcher", "the conditions do not have the group's sizes");
     }
     check(!closed_, "batcher", "closed: no more samples are taken");
     auto sample = std::make_unique<Sample>(next_, std::move(submission), group.numel);

@@ -45,6 +45,7 @@ struct Submission {
     std::uint64_t seed = 0, sample = 0;
     std::optional<double> guidance;  // arXiv:2207.12598: u + w * (c - u)
     std::vector<float> x;            // [numel], where row 0 begins
+    std::vector<float> known, keep;  // [numel] each where the plan inpaints (Known in loop.hpp), else empty
     std::shared_ptr<const std::vector<float>> rows;  // [steps, row]
     std::vector<Bytes> conditional, unconditional;   // the further inputs of each branch
     int priority = 0;                                // -8..8

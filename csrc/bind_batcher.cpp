@@ -99,7 +99,8 @@ std::uint64_t submit(Batcher& batcher, std::size_t group, std::shared_ptr<Plan> 
                      const Floats& rows, const std::vector<py::array>& conditional,
                      const std::vector<py::array>& unconditional, std::uint64_t seed, std::uint64_t sample,
                      std::optional<double> guidance, int priority, std::optional<double> deadline_s,
-                     std::size_t preview_every) {
+                     std::size_t preview_every, const std::optional<Floats>& known,
+                     const std::optional<Floats>& keep) {
     check(!guidance || std::isfinite(*guidance), "batcher", "guidance=", guidance.value_or(0), ": need a finite number");
     Submission one;
     one.group = group;
@@ -108,6 +109,8 @@ std::uint64_t submit(Batcher& batcher, std::size_t group, std::shared_ptr<Plan> 
     one.sample = sample;
     one.guidance = guidance;
     one.x.assign(x.data(), x.data() + x.size());
+    if (known) one.known.assign(known->data(), known->data() + known->size());
+    if (keep) one.keep.assign(keep->data(), keep->data() + keep->size());
     one.rows = std::make_shared<const std::vector<float>>(rows.data(), rows.data() + rows.size());
     one.conditional = bytes_of(conditional);
     one.unconditional = bytes_of(unconditional);
@@ -192,8 +195,9 @@ void bind_batcher(py::module_& m) {
         .def("submit", &submit, py::arg("group"), py::arg("plan"), py::arg("x"), py::arg("rows"),
              py::arg("conditional"), py::arg("unconditional"), py::kw_only(), py::arg("seed"), py::arg("sample"),
              py::arg("guidance") = py::none(), py::arg("priority") = 0, py::arg("deadline_s") = py::none(),
-             py::arg("preview_every") = 0,
-             "One sample x (of the group's latent size), rows [steps, R]; its number. Overloaded: the queue is full.")
+             py::arg("preview_every") = 0, py::arg("known") = py::none(), py::arg("keep") = py::none(),
+             "One sample x (of the group's latent size), rows [steps, R]; its number. Overloaded: the queue is full.\n"
+             "known, keep: like x, where the plan inpaints.")
         .def("cancel", &Batcher::cancel, py::arg("id"), GilFree(),
              "Whether it had not ended yet; then it ends before its next step.")
         .def("run", &Batcher::run, GilFree(), "Takes turns until close().")

@@ -41,4 +41,6 @@ void bind_noise(py::module_& m) {
         },
         py::arg("seeds"), py::arg("samples"), py::arg("step"), py::arg("shape"), py::arg("dtype"),
         "Standard normals [N, *shape] by (seed, sample, step); step 0 is the initial noise, i + 1 the noise of row i.");
+    m.attr("KNOWN_NOISE") = kKnownNoise;
+    m.attr("AGAIN_NOISE") = kAgainNoise;
 }

@@ -31,7 +31,8 @@ py::array rows_of(const py::object& self) {
 }  // namespace
 
 void bind_plan(py::module_& m) {
-    PYBIND11_NUMPY_DTYPE(Row, t, signal, sigma, a, d, p, q, lo, hi, e, b, c, read, write, from_saved, save);
+    PYBIND11_NUMPY_DTYPE(Row, t, signal, sigma, a, d, p, q, lo, hi, e, b, c, read, write, from_saved, save,
+                         known_signal, known_sigma, again, again_sigma);
     py::native_enum<Prediction>(m, "Prediction", "enum.Enum", "What the network's output means.")
         .value("EPSILON", Prediction::epsilon)
         .value("SAMPLE", Prediction::sample)
@@ -48,6 +49,7 @@ void bind_plan(py::module_& m) {
         .def_readonly("history_slots", &Plan::history_slots)
         .def_readonly("keeps_saved", &Plan::keeps_saved)
         .def_readonly("stochastic", &Plan::stochastic)
+        .def_readonly("inpaints", &Plan::inpaints)
         .def_property_readonly("timesteps", [](const Plan& plan) {
             std::vector<double> t;
             for (const Row& row : plan.rows) t.push_back(row.t);
@@ -76,6 +78,8 @@ void bind_plan(py::module_& m) {
           py::arg("skip_prk_steps") = true, "PNDM, arXiv:2202.09778.");
     m.def("make_dpm_solver", &make_dpm_solver, py::arg("schedule"), py::arg("steps"), py::arg("prediction"),
           py::kw_only(), py::arg("clip") = unclipped, "DPM-Solver++(2M), arXiv:2211.01095.");
+    m.def("make_repaint", &make_repaint, py::arg("plan"), py::kw_only(), py::arg("resamples"), py::arg("jump_length"),
+          "RePaint, arXiv:2201.09865: the plan with a known part merged in, and its jumps.");
     m.def(
         "make_rflow",
         [](std::int64_t steps, std::int64_t train_timesteps, std::int64_t steps_offset, std::int64_t start,

@@ -47,14 +47,28 @@ bool update(const Row& row, std::size_t step, Trajectory<T>& state, std::size_t 
     for (int k = 0; k < kReads; ++k) {
         if (row.read[k] >= 0) add(next, row.b[k], slot(row.read[k]), size);
     }
-    if (row.c != 0) {
+    const auto add_normal = [&](double* sum, double weight, std::uint32_t which) {
+        if (weight == 0) return;
         double normal[kBlock];
-        fill_normal({state.seed, state.sample, static_cast<std::uint32_t>(step + 1)}, first, size, normal);
+        fill_normal({state.seed, state.sample, static_cast<std::uint32_t>(step + 1) | which}, first, size, normal);
         for (std::size_t i = 0; i < size; ++i) normal[i] = static_cast<T>(normal[i]);
-        add(next, row.c, normal, size);
+        add(sum, weight, normal, size);
+    };
+    add_normal(next, row.c, 0);
+    if (state.known.x0) {
+        const T* const x0 = state.known.x0 + first;
+        const T* const keep = state.known.keep + first;
+        double known[kBlock];
+        for (std::size_t i = 0; i < size; ++i) known[i] = row.known_signal * x0[i];
+        add_normal(known, row.known_sigma, kKnownNoise);
+        for (std::size_t i = 0; i < size; ++i) next[i] = keep[i] * known[i] + (1.0 - keep[i]) * next[i];
     }
     if (row.save) std::copy_n(x, size, saved);
     if (row.write >= 0) std::transform(h, h + size, slot(row.write), [](double value) { return static_cast<T>(value); });
+    if (row.again_sigma != 0) {
+        for (std::size_t i = 0; i < size; ++i) next[i] *= row.again;
+        add_normal(next, row.again_sigma, kAgainNoise);
+    }
     for (std::size_t i = 0; i < size; ++i) x[i] = static_cast<T>(next[i]);
     return all_finite(out, size) && all_finite(x, size);
 }
@@ -66,12 +80,18 @@ double seconds_since(Clock::time_point start) { return std::chrono::duration<dou
 }  // namespace
 
 template <class T>
-Trajectory<T>::Trajectory(const Plan& plan, std::uint64_t seed, std::uint64_t sample, std::size_t numel)
+Trajectory<T>::Trajectory(const Plan& plan, std::uint64_t seed, std::uint64_t sample, std::size_t numel,
+                          Known<T> known)
     : seed(seed),
       sample(sample),
       numel(numel),
       history(static_cast<std::size_t>(plan.history_slots) * numel),
-      saved(plan.keeps_saved ? numel : 0) {}
+      saved(plan.keeps_saved ? numel : 0),
+      known(known) {
+    const bool given = known.x0 && known.keep;
+    check(given == plan.inpaints, "loop", plan.method,
+          given ? ": known and keep are for a plan of make_repaint" : ": the plan inpaints; give known and keep");
+}
 
 template <class T>
 void advance(const Plan& plan, std::size_t step, Trajectory<T>& state, T* x, const T* out) {
@@ -100,7 +120,7 @@ Timing run(const Plan& plan, const Batch<T>& batch, const std::optional<double>&
     const std::size_t size = batch.count * batch.numel;
     std::vector<Trajectory<T>> states;
     for (std::size_t n = 0; n < batch.count; ++n) {
-        states.emplace_back(plan, batch.seeds[n], batch.samples[n], batch.numel);
+        states.emplace_back(plan, batch.seeds[n], batch.samples[n], batch.numel, batch.known);
     }
     std::vector<T> guided(guidance ? size : 0);
     double network_s = 0;

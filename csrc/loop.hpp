@@ -8,6 +8,13 @@
 
 namespace volcast {
 
+// Of an image that is inpainted, [numel] each: its latent, and 1 where it stays, 0 where it is painted anew.
+template <class T>
+struct Known {
+    const T* x0 = nullptr;
+    const T* keep = nullptr;
+};
+
 // What one sample remembers between rows. Belongs to the request, never to the plan.
 template <class T>
 struct Trajectory {
@@ -15,8 +22,10 @@ struct Trajectory {
     std::size_t numel;
     std::vector<T> history;  // [slots, numel]
     std::vector<T> saved;    // [numel], or empty
+    Known<T> known;          // not owned
 
-    Trajectory(const Plan& plan, std::uint64_t seed, std::uint64_t sample, std::size_t numel);
+    // Throws where the plan inpaints and nothing is known, or the other way round.
+    Trajectory(const Plan& plan, std::uint64_t seed, std::uint64_t sample, std::size_t numel, Known<T> known = {});
 };
 
 // Applies row `step` of the plan to one sample x [numel], given the network's output [numel]. Reads and writes
@@ -37,6 +46,7 @@ struct Batch {
     const std::uint64_t* seeds;
     const std::uint64_t* samples;
     T* twice;  // [2 * count, numel] scratch: guidance by one call on [uncond; cond]; null: by two calls
+    Known<T> known = {};  // of every sample, where the plan inpaints
 };
 
 struct Timing {

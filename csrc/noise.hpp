@@ -13,8 +13,9 @@ std::array<std::uint32_t, 4> philox(std::array<std::uint32_t, 4> counter, std::a
 struct Stream {
     std::uint64_t seed;
     std::uint64_t sample;
-    std::uint32_t step;  // 0: the initial noise; i + 1: the noise of row i
+    std::uint32_t step;  // 0: the initial noise; i + 1: the noise of row i, or with one of these bits its other noises
 };
+constexpr std::uint32_t kKnownNoise = 1u << 31, kAgainNoise = 1u << 30;
 
 // Standard normals number `first`..`first + count - 1` of the stream, in double; `first` is a multiple of 4.
 // Counter = (index / 4, step, sample low, sample high), key = seed; Box-Muller on (r + 1/2) / 2^32.

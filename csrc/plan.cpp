@@ -60,14 +60,15 @@ Plan finish(const char* method, std::int64_t train_timesteps, std::vector<Row> r
     Plan plan{method, train_timesteps, 0, false, false, std::move(rows)};
     for (const Row& row : plan.rows) {
         bool finite = true;
-        for (double value : {row.t, row.a, row.d, row.p, row.q, row.e, row.b[0], row.b[1], row.b[2], row.c}) {
+        for (double value : {row.t, row.a, row.d, row.p, row.q, row.e, row.b[0], row.b[1], row.b[2], row.c,
+                             row.known_signal, row.known_sigma, row.again, row.again_sigma}) {
             finite = finite && std::isfinite(value);
         }
         check(finite, method, "the coefficients at timestep ", row.t,
               " are not finite: alpha_bar there is 0 or 1; change the noise schedule, prediction or spacing");
         plan.history_slots = std::max(plan.history_slots, row.write + 1);
         plan.keeps_saved = plan.keeps_saved || row.save;
-        plan.stochastic = plan.stochastic || row.c != 0;
+        plan.stochastic = plan.stochastic || row.c != 0 || row.known_sigma != 0 || row.again_sigma != 0;
     }
     return plan;
 }
@@ -88,6 +89,10 @@ std::string describe(const Row& row) {
     }
     if (row.write >= 0) text << "; history[" << row.write << "] = h";
     if (row.save) text << "; saved = x";
+    if (row.known_signal != 0) {
+        text << "; x <- keep*(" << row.known_signal << "*known + " << row.known_sigma << "*normal') + (1 - keep)*x";
+    }
+    if (row.again_sigma != 0) text << "; x <- " << row.again << "*x + " << row.again_sigma << "*normal''";
     return text.str();
 }
 

@@ -17,8 +17,10 @@ constexpr int kReads = 3;
 // One network call and the update after it, in this order, for every element:
 //   h    = clip(p * x + q * out, lo, hi)
 //   next = a * (from_saved ? saved : x) + d * out + e * h + sum_k b[k] * history[read[k]] + c * normal
-//   if (save) saved = x;  if (write >= 0) history[write] = h;  x = next
-// A slot may be read and written by the same row; unused slots are -1 with b = 0.
+//   next = keep * (known_signal * known + known_sigma * normal') + (1 - keep) * next        (only if plan.inpaints)
+//   if (save) saved = x;  if (write >= 0) history[write] = h;  x = again * next + again_sigma * normal''
+// A slot may be read and written by the same row; unused slots are -1 with b = 0. The normals are those of noise.hpp's
+// streams of the row.
 struct Row {
     double t = 0;                  // the timestep that the network is shown
     double signal = 1, sigma = 0;  // the row's input is signal * x0 + sigma * noise
@@ -31,6 +33,8 @@ struct Row {
     std::int32_t read[kReads] = {-1, -1, -1};
     std::int32_t write = -1;
     bool from_saved = false, save = false;
+    double known_signal = 0, known_sigma = 0;  // the noise level of `next`
+    double again = 1, again_sigma = 0;         // noised once more, to the level at which the next row begins
 
     bool uses_h() const { return e != 0 || write >= 0; }
 };
@@ -44,6 +48,7 @@ struct Plan {
     std::int32_t history_slots = 0;
     bool keeps_saved = false, stochastic = false;
     std::vector<Row> rows;
+    bool inpaints = false;  // needs `known` and `keep`
 };
 
 enum class Prediction { epsilon, sample, v_prediction };
@@ -76,6 +81,11 @@ Plan make_pndm(const Schedule& schedule, const Steps& steps, Prediction predicti
 
 // arXiv:2211.01095 algorithm 2 (2M, midpoint); the first and last steps are first order; ends at sigma 0.
 Plan make_dpm_solver(const Schedule& schedule, const Steps& steps, Prediction prediction, const Clip& clip);
+
+// RePaint, arXiv:2201.09865: a DDIM, DDPM or rectified-flow plan with the known part merged in after every row, and
+// with its jumps (the paper's schedule, appendix B.2): each stretch of `jump_length` rows is run `resamples` times, x
+// being noised back to the stretch's beginning in between, by the transition's own variance. Not after the last row.
+Plan make_repaint(const Plan& plan, std::int64_t resamples, std::int64_t jump_length);
 
 // MONAI's RFlow: x_t = (1 - t/T) x0 + (t/T) noise, the network predicts x0 - noise; Euler steps.
 struct Flow {

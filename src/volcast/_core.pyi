@@ -63,6 +63,8 @@ class Plan:
     @property
     def stochastic(self) -> bool: ...
     @property
+    def inpaints(self) -> bool: ...
+    @property
     def timesteps(self) -> NDArray[np.float64]:
         """What the network is shown, `[rows]`."""
     @property
@@ -105,6 +107,7 @@ def make_pndm(
 def make_dpm_solver(
     schedule: Schedule, steps: Steps, prediction: Prediction, *, clip: tuple[float, float] | None = None
 ) -> Plan: ...
+def make_repaint(plan: Plan, *, resamples: int, jump_length: int) -> Plan: ...
 def make_rflow(
     steps: int,
     *,
@@ -126,7 +129,13 @@ def normal(
     shape: Sequence[int],
     dtype: np.dtype[Any],
 ) -> NDArray[Any]:
-    """Standard normals `[N, *shape]` by (seed, sample, step); step 0 is the initial noise, i + 1 row i's."""
+    """Standard normals `[N, *shape]` by (seed, sample, step); step 0 is the initial noise, i + 1 row i's.
+
+    Row i's noise of a known part has step `(i + 1) | KNOWN_NOISE`, that of a jump back `(i + 1) | AGAIN_NOISE`.
+    """
+
+KNOWN_NOISE: int
+AGAIN_NOISE: int
 
 class Timing:
     """Seconds spent by `run`, and within its network calls."""
@@ -146,12 +155,15 @@ def run(
     guidance: float | None = None,
     doubled: bool = False,
     on_step: Callable[[int, int], object] | None = None,
+    known: NDArray[Any] | None = None,
+    keep: NDArray[Any] | None = None,
 ) -> Timing:
     """Runs the plan on x `[N, ...]` (float32 or float64) in place.
 
     `network(step, x, branch)` returns an array of x's shape and dtype. The x it is shown is read-only and the same
     array at every step, so copy what must last. `guidance` w gives u + w*(c - u): one BOTH call if `doubled`, else
-    two. `on_step(done, total)` follows each row. What it, the network or Ctrl-C raises stops the loop.
+    two. `on_step(done, total)` follows each row. What it, the network or Ctrl-C raises stops the loop. `known` and
+    `keep`, each like one sample of x, are for a plan that inpaints: the image's latent, and 1 where it stays.
     """
 
 class DeviceError(RuntimeError):
@@ -472,8 +484,12 @@ class Batcher:
         priority: int = 0,
         deadline_s: float | None = None,
         preview_every: int = 0,
+        known: NDArray[np.float32] | None = None,
+        keep: NDArray[np.float32] | None = None,
     ) -> int:
         """One sample's number. x: where the plan's first row begins; rows `[steps, R]`; the inputs of each branch.
+
+        `known`, `keep`: as `run` says.
 
         Raises:
             Overloaded: the queue is full.
