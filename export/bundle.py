@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 
-from volcast.export.bundle_conditions import described_conditions, network_conditions, read_notes
-from volcast.export.bundle_config import shown
+from volcast.export.bundle_conditions import described_conditions, network_conditions
+from volcast.export.bundle_config import Config, shown
 from volcast.export.bundle_expression import WeightFile, is_number
-from volcast.export.bundle_masks import plan_masks
+from volcast.export.bundle_low_res import LowRes, plan_low_res
+from volcast.export.bundle_masks import plan_masks, read_labels
 from volcast.export.bundle_networks import NetworkPlan
 from volcast.export.bundle_plan import BundlePlan, plan_bundle
 from volcast.export.networks import Control
 from volcast.export.weights import LargeFiles, digest, entry, read_checkpoint, scalar, state_dict
 from volcast.export.weights_keys import is_generative, load_weights
-from volcast.runtime.spec import ConditionSpec, SchedulerSpec
+from volcast.runtime.spec import ConditionSpec, LowResSpec, SchedulerSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,7 @@ class Bundle:
     provenance: dict[str, str]
     controls: tuple[Control, ...] = ()
     encodings: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    low_res: LowResSpec | None = None
 
 
 def read_bundle(
@@ -61,9 +63,10 @@ def read_bundle(
     """
     plan = plan_bundle(folder, config=config, weights=weights, settings=settings, controlnets=controlnets)
     latent_shape = _latent_shape(plan)
-    conditions = _conditions(plan, latent_shape[0])
-    masks = plan_masks(plan.unet, plan.autoencoder, plan.controls, _labels(plan))
-    spacing, found_spacing = _spacing(plan)
+    low_res = plan_low_res(plan.config, plan.unet.arguments, latent_shape[0])
+    conditions = _conditions(plan, latent_shape[0], low_res)
+    masks = plan_masks(plan.unet, plan.autoencoder, plan.controls, read_labels(plan.config, _notes(plan)))
+    spacing, found_spacing = read_spacing(plan.config, plan.unet.arguments["spatial_dims"])
     files = LargeFiles(plan.root)
     unet = _load(plan, "unet", plan.unet, files)
     autoencoder = None if plan.autoencoder is None else _load(plan, "autoencoder", plan.autoencoder, files)
@@ -82,11 +85,13 @@ def read_bundle(
             Control(network=one.network, hint=hint) for one, hint in zip(controls, masks.hints, strict=True)
         ),
         encodings=masks.encodings,
+        low_res=None if low_res is None else low_res.spec,
         provenance={
             **plan.provenance,
             **unet.provenance,
             **{key: value for one in controls for key, value in one.provenance.items()},
             **({} if autoencoder is None else autoencoder.provenance),
+            **({} if low_res is None else {"noise_level": low_res.found}),
             "spacing_mm": found_spacing,
             "scale_factor": found_scale,
         },
@@ -157,11 +162,14 @@ def _latent_shape(plan: BundlePlan) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _conditions(plan: BundlePlan, latent_channels: int) -> tuple[ConditionSpec, ...]:
+def _conditions(
+    plan: BundlePlan, latent_channels: int, low_res: LowRes | None
+) -> tuple[ConditionSpec, ...]:
     tokens = plan.config.need("context_tokens") if "context_tokens" in plan.config else 1
     if type(tokens) is not int or not 1 <= tokens <= 2**16:
         raise ValueError(f"[bundle] context_tokens={shown(tokens)}: need 1..{2**16}; --set context_tokens=1")
     derived = network_conditions(plan.unet.arguments, latent_channels, tokens)
+    derived = derived if low_res is None else low_res.conditions(derived)
     notes = _notes(plan)
     return derived if notes is None else described_conditions(notes, derived, plan.unet_chosen)
 
@@ -171,28 +179,11 @@ def _notes(plan: BundlePlan) -> Path | None:
     return next((notes for notes in places if notes.is_file()), None)
 
 
-def _labels(plan: BundlePlan) -> tuple[str, ...]:
-    """The names of a label map's values, from 0: a setting, or what volcast.json says."""
-    if "labels" not in plan.config:
-        notes = _notes(plan)
-        return () if notes is None else read_notes(notes).labels
-    labels = plan.config.need("labels")
-    good = isinstance(labels, list | tuple) and all(
-        isinstance(one, str) and 0 < len(one) <= 100 for one in labels
-    )
-    if not good or not 1 < len(labels) <= 2**12:
-        raise ValueError(
-            f'[bundle] labels={shown(labels)}: need 2..{2**12} names; --set labels=\'["background","organ"]\''
-        )
-    return tuple(labels)
-
-
-def _spacing(plan: BundlePlan) -> tuple[tuple[float, ...], str]:
-    """Voxel size in mm and where it was found."""
-    dims = plan.unet.arguments["spatial_dims"]
+def read_spacing(config: Config, dims: int) -> tuple[tuple[float, ...], str]:
+    """Voxel size in mm along each of `dims` axes and where it was found."""
     for key in ("spacing_mm", "spacing"):
-        if key in plan.config:
-            value = plan.config.need(key, "give it with --set spacing_mm=[...]")
+        if key in config:
+            value = config.need(key, "give it with --set spacing_mm=[...]")
             values = value if isinstance(value, list | tuple) else [value]
             if len(values) != dims or not all(is_number(v) and 0 < v <= 1000 for v in values):
                 raise ValueError(

@@ -133,13 +133,29 @@ class Config:
                 found[id] = target
         return found
 
+    def every_target(self) -> dict[str, str]:
+        """The same of components inside lists and other components too, such as handlers and transforms."""
+        found = {}
+        for id, value in self._values_by_id():
+            target = value.get("_target_") if isinstance(value, dict) else None
+            if isinstance(target, str):
+                found[id] = target
+        return found
+
     def expressions(self) -> Iterator[tuple[str, str]]:
         """Every `$` string of the config with its id, in order; those inside lists and dicts too."""
+        return (
+            (id, value)
+            for id, value in self._values_by_id()
+            if isinstance(value, str) and value.startswith("$")
+        )
+
+    def _values_by_id(self) -> Iterator[tuple[str, Any]]:
+        """Whatever the config holds with its id, in order."""
         stack: list[tuple[str, Any]] = list(reversed(self._data.items()))
         while stack:
             id, value = stack.pop()
-            if isinstance(value, str) and value.startswith("$"):
-                yield id, value
+            yield id, value
             children = (
                 value.items()
                 if isinstance(value, dict)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from monai.apps.generation.maisi.networks.controlnet_maisi import ControlNetMaisi
 from torch import Tensor
 
-from volcast.export.bundle_conditions import SPATIAL_AXES
+from volcast.export.bundle_conditions import SPATIAL_AXES, read_notes
 from volcast.export.bundle_config import Config, one_line, shown
 from volcast.export.bundle_expression import Component
 from volcast.export.bundle_networks import NetworkPlan, kind_of, plan_network
@@ -156,6 +157,21 @@ def plan_masks(
         )  # fmt: skip
         conditions.append(ConditionSpec(name=SCALE, shape=(len(hints),), fields=fields))
     return Masks(conditions=tuple(conditions), encodings=encodings, hints=tuple(hints))
+
+
+def read_labels(read: Config, notes: Path | None) -> tuple[str, ...]:
+    """The names of a label map's values, from 0: a setting, or what volcast.json (`notes`) says."""
+    if "labels" not in read:
+        return () if notes is None else read_notes(notes).labels
+    labels = read.need("labels")
+    good = isinstance(labels, list | tuple) and all(
+        isinstance(one, str) and 0 < len(one) <= 100 for one in labels
+    )
+    if not good or not 1 < len(labels) <= 2**12:
+        raise ValueError(
+            f'[bundle] labels={shown(labels)}: need 2..{2**12} names; --set labels=\'["background","organ"]\''
+        )
+    return tuple(labels)
 
 
 def _bits(count: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections.abc import Mapping
@@ -15,8 +16,10 @@ from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import Diff
 from monai.networks.nets.autoencoderkl import AutoencoderKL
 from monai.networks.nets.controlnet import ControlNet
 from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
+from monai.networks.nets.generator import Generator
 from monai.networks.nets.spade_autoencoderkl import SPADEAutoencoderKL
 from monai.networks.nets.spade_diffusion_model_unet import SPADEDiffusionModelUNet
+from monai.networks.nets.spade_network import SPADENet
 from monai.networks.nets.transformer import DecoderOnlyTransformer
 from monai.networks.nets.vqvae import VQVAE
 
@@ -131,6 +134,20 @@ _KINDS = (
         fixed={"use_checkpointing": False, "ddp_sync": False},
     ),
     NetworkKind(
+        network=Generator,
+        role="generator",
+        target=_MONAI + "Generator",
+        renamed={},
+        fixed={"dropout": None},
+    ),
+    NetworkKind(
+        network=SPADENet,
+        role="generator",
+        target=_MONAI + "SPADENet",
+        renamed={"num_channels": "channels"},
+        fixed={},
+    ),
+    NetworkKind(
         network=DecoderOnlyTransformer,
         role="transformer",
         target=_MONAI + "DecoderOnlyTransformer",
@@ -152,8 +169,10 @@ class NetworkPlan:
         """The network in eval mode; on `meta` its parameters have shapes and no memory. ValueError if refused."""
         name = self.kind.network.__name__
         try:
+            # SPADENet turns the caller's list of channels around, in place.
+            arguments = copy.deepcopy({**self.arguments, **changed})
             with torch.device(device):
-                return self.kind.network(**{**self.arguments, **changed}).eval()
+                return self.kind.network(**arguments).eval()
         # MONAI checks some arguments; the others fail wherever they are first used.
         except (
             TypeError,
@@ -198,7 +217,9 @@ def plan_network(id: str, target: str, arguments: Mapping[str, Any]) -> NetworkP
     if missing:
         raise ValueError(f"[bundle] {id}: {missing[0]} is missing; give it with --set {id}#{missing[0]}=...")
     for key, value in known.items():
-        _check(id, key, value, str(parameters[key].annotation))
+        annotation = parameters[key].annotation
+        # Generator's act and norm have none.
+        _check(id, key, value, "str | tuple" if annotation is inspect.Parameter.empty else str(annotation))
     return NetworkPlan(id=id, kind=kind, arguments={**defaults, **known, **kind.fixed})
 
 
@@ -213,8 +234,8 @@ def _check(id: str, key: str, value: Any, annotation: str) -> None:
 
 
 def _fits(value: Any, kind: str, minimum: int, limit: int) -> bool:
-    if kind.startswith("Sequence["):
-        item = kind.removeprefix("Sequence[").removesuffix("]")
+    if kind.startswith(("Sequence[", "list[")):
+        item = kind.partition("[")[2].removesuffix("]")
         good = isinstance(value, list | tuple) and 0 < len(value) <= _MAX_LEVELS
         return good and all(_fits(entry, item, minimum, limit) for entry in value)
     if kind.startswith("tuple["):
@@ -222,6 +243,14 @@ def _fits(value: Any, kind: str, minimum: int, limit: int) -> bool:
         good = isinstance(value, list | tuple) and len(value) == len(items)
         return good and all(
             _fits(*pair, minimum, limit) for pair in zip(value, map(str.strip, items), strict=True)
+        )
+    if kind == "tuple":  # MONAI's layers: a name and its options
+        return (
+            isinstance(value, list | tuple)
+            and len(value) == 2
+            and _fits(value[0], "str", minimum, limit)
+            and isinstance(value[1], dict)
+            and all(isinstance(option, int | float | bool) for option in value[1].values())
         )
     if kind == "str":
         return isinstance(value, str) and value.isidentifier() and len(value) <= 40

@@ -12,6 +12,8 @@ import monai
 
 from volcast.export.bundle_config import Config, one_line, read_data, shown
 from volcast.export.bundle_expression import Component, Load, Noise, Timesteps, Unreadable, WeightFile
+from volcast.export.bundle_low_res import LOW_RES_SCHEDULER
+from volcast.export.bundle_low_res import SETTINGS as LOW_RES_SETTINGS
 from volcast.export.bundle_masks import plan_controls
 from volcast.export.bundle_networks import NetworkPlan, kind_of, known_networks, plan_network
 from volcast.export.bundle_scheduler import known_schedulers, read_scheduler, scheduler_name
@@ -30,6 +32,7 @@ SETTINGS = frozenset(
         "unet_weights_key",
         "autoencoder_weights_key",
     }
+    | LOW_RES_SETTINGS
 )
 """Settings that need no key in the config; `unet`, `autoencoder`, `scheduler` besides, which choose a component."""
 # Where bundles keep the component that samples images; MAISI has a second set, mask_generation_*.
@@ -130,7 +133,7 @@ def plan_bundle(
             f"[bundle] {traces[0]} is there and an autoencoder is not: add autoencoder_def, or --set autoencoder=null "
             "for a model of images"
         )
-    loads, timesteps, noises, unread = _scan(read)
+    loads, timesteps, noises, unread = scan(read)
     metadata_file = file.parent / "metadata.json"
     metadata = read_data(metadata_file)[0] if metadata_file.is_file() else {}
     provenance = {
@@ -227,7 +230,8 @@ def _scheduler(
     spatial_dims: int,
 ) -> SchedulerSpec:
     targets = read.targets()
-    id = _choose(read, "scheduler", [id for id, target in targets.items() if scheduler_name(target)], choices)
+    candidates = [id for id, target in targets.items() if scheduler_name(target) and id != LOW_RES_SCHEDULER]
+    id = _choose(read, "scheduler", candidates, choices)
     if id is None:
         raise ValueError(f"[bundle] the config has no scheduler; known: {known_schedulers()}")
     component = read.get(id).id
@@ -242,7 +246,7 @@ def _scheduler(
     )
 
 
-def _scan(
+def scan(
     read: Config,
 ) -> tuple[dict[str, WeightFile], dict[str, int], tuple[tuple[int, ...], ...], tuple[str, ...]]:
     """What the expressions of the config would load, set and draw: by network id, by scheduler id, noise shapes."""

@@ -56,8 +56,10 @@ def export(
     from .generator_bundle import has_generator
 
     if has_generator(bundle, config):
-        given = {"--controlnet": controlnets}
-        _export_generator(bundle, output, config, weights, settings, precision, (smallest, largest), force, as_json, given)
+        given = {"--controlnet": controlnets, "--reuse": reuse}
+        _export_generator(
+            bundle, output, config, weights, settings, precision, (smallest, largest), force, as_json, given
+        )
         return
     from .artifact import export_bundle
     from .transformer_artifact import STAGES, export_transformer
@@ -235,9 +237,7 @@ def _read_tokens(bundle: Path, config: Path | None, weights: list[str], settings
     return read_transformer(bundle, config=config, weights=files, settings=values)
 
 
-def _read_generator(
-    bundle: Path, config: Path | None, weights: list[str], settings: list[str]
-) -> Any:
+def _read_generator(bundle: Path, config: Path | None, weights: list[str], settings: list[str]) -> Any:
     from .generator_bundle import read_generator
 
     return read_generator(bundle, config=config, weights=_files(weights), settings=_settings(settings))

@@ -220,6 +220,13 @@ def _einsum(w: OnnxWriter, n: Node) -> Any:
     )
 
 
+def _prelu(w: OnnxWriter, n: Node) -> Any:
+    """ONNX spreads the slopes from the last axis on, torch along the channels."""
+    slope = parameter(w.program, argument(n, 1)).detach().numpy()
+    shaped = w.constant(slope.reshape(-1, *[1] * (_rank(n) - 2)), np.float32)
+    return w.emit("PRelu", w.tensor(argument(n, 0)), shaped)
+
+
 def _shaped(kind: str) -> Operator:
     return lambda w, n: w.emit(kind, w.tensor(argument(n, 0)), w.constant([argument(n, 1)]))
 
@@ -243,6 +250,7 @@ OPERATORS: dict[Any, Operator] = {
     aten.leaky_relu.default: lambda w, n: w.emit(
         "LeakyRelu", w.tensor(argument(n, 0)), alpha=argument(n, 1, 0.01)
     ),
+    aten.prelu.default: _prelu,
     aten.sigmoid.default: _unary("Sigmoid"),
     aten.exp.default: _unary("Exp"),
     aten.sin.default: _unary("Sin"),
@@ -281,6 +289,7 @@ OPERATORS: dict[Any, Operator] = {
     aten.slice.Tensor: _slice,
     aten.upsample_nearest2d.vec: _resize("nearest"),
     aten.upsample_nearest3d.vec: _resize("nearest"),
+    aten.upsample_bilinear2d.vec: _resize("linear"),
     aten.upsample_trilinear3d.vec: _resize("linear"),
     aten.avg_pool2d.default: _average_pool,
     aten.avg_pool3d.default: _average_pool,

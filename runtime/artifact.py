@@ -11,10 +11,15 @@ from pydantic import ValidationError
 
 from .atomic import sha256
 from .external_data import external_data
-from .spec import ArtifactSpec, Manifest
+from .generator_spec import GENERATOR_FORMAT, GeneratorSpec
+from .spec import FORMAT, ArtifactSpec, Manifest
 from .token_spec import TOKEN_FORMAT, TokenSpec
 
 MANIFEST = "manifest.json"
+KINDS: dict[int, type[ArtifactSpec | TokenSpec | GeneratorSpec]] = {
+    FORMAT: ArtifactSpec, TOKEN_FORMAT: TokenSpec, GENERATOR_FORMAT: GeneratorSpec
+}  # fmt: skip
+"""What a manifest of each format describes."""
 _MAX_BYTES = 4 * 2**20
 _MAX_DEPTH = 32
 _REMEDY = "export the model again with `volcast export`"
@@ -38,11 +43,11 @@ def parse_manifest(text: bytes) -> Manifest:
     if not _is_text(data):
         raise ValueError(f"[artifact] {MANIFEST} holds half a surrogate pair, which is no text; {_REMEDY}")
     version = data.get("format") if isinstance(data, dict) else None
-    if isinstance(version, int) and version > TOKEN_FORMAT:
+    if isinstance(version, int) and version > max(KINDS):
         raise ValueError(
-            f"[artifact] format {_short(version)} is newer than {TOKEN_FORMAT}, the newest this volcast reads; upgrade volcast"
+            f"[artifact] format {_short(version)} is newer than {max(KINDS)}, the newest this volcast reads; upgrade volcast"
         )
-    kind = TokenSpec if version == TOKEN_FORMAT else ArtifactSpec
+    kind = KINDS.get(version, ArtifactSpec) if isinstance(version, int) else ArtifactSpec
     try:
         return kind.model_validate(data)
     except ValidationError as error:
@@ -52,15 +57,17 @@ def parse_manifest(text: bytes) -> Manifest:
 def read_artifact(folder: str | os.PathLike[str]) -> ArtifactSpec:
     """The manifest of a diffusion model's artifact: `read_manifest`, which says what is checked.
 
-    Raises ValueError besides: the artifact is a token model's, which the caller cannot use.
+    Raises ValueError besides: the artifact is another kind of model's, which the caller cannot use.
     """
     spec = read_manifest(folder)
     if isinstance(spec, ArtifactSpec):
         return spec
-    raise ValueError(
-        f"[artifact] {spec.name} samples tokens with a transformer: sample, likelihood, verify and info take it, "
-        "give a diffusion model here"
+    what = (
+        "samples tokens with a transformer: sample, likelihood, verify and info take it"
+        if isinstance(spec, TokenSpec)
+        else "makes an image in one pass: sample, verify and info take it"
     )
+    raise ValueError(f"[artifact] {spec.name} {what}, give a diffusion model here")
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:

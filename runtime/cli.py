@@ -91,6 +91,7 @@ def sample(
     """Sample volumes and write them as NIfTI."""
     from .condition_text import mask_texts, parse_conditions, parse_weights
     from .default_artifact import default_artifact
+    from .generator_model import GeneratorModel, refuse_settings
     from .picture import mosaic, save_picture
     from .pipeline import load
     from .sizes import parse_sizes
@@ -124,6 +125,10 @@ def sample(
         "negative": negative,
     }
     choice = choice_settings(model, temperature, top_k, top_p, given)
+    if isinstance(model, GeneratorModel):
+        refuse_settings(
+            model.spec, {key: value for key, value in given.items() if key not in ("mask", "image")}
+        )
     conditions = parse_conditions(model.spec, [*(condition or ()), *mask_texts(model.spec, mask or ())])
     lines: list[dict[str, Any] | str] = []
     shown: list[Volume] = []
@@ -131,6 +136,8 @@ def sample(
         common: dict[str, Any] = {"batch": batch, "condition": conditions, "on_step": on_step}
         if isinstance(model, TokenModel):
             volumes = model.sample_many(count, seed, **common, **choice)
+        elif isinstance(model, GeneratorModel):
+            volumes = model.sample_many(count, seed, **common, image=start)
         else:
             common["negative"] = parse_conditions(model.spec, negative) if negative else None
             volumes = model.sample_many(count, seed, **common, size=latent, image=start, **settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .generator_spec import GeneratorSpec
 from .spec import ArtifactSpec, ConditionField, Manifest, ProgramSpec, Ratio, TensorSpec
 from .token_spec import TokenSpec
 
@@ -50,6 +51,9 @@ def _model(spec: Manifest) -> list[str]:
         return [
             f"tokens {_shape(spec.token_shape)} {order}, {spec.num_codes} codes, {spec.layers} layers, {voxels}"
         ]
+    if isinstance(spec, GeneratorSpec):
+        noise = f"noise {_shape(spec.noise_shape)}" if spec.noise_shape else "no noise"
+        return [f"one pass: {noise} to an image {_shape(spec.image_shape)}, {voxels}"]
     assert isinstance(spec, ArtifactSpec)
     schedule = spec.scheduler.noise_schedule
     how = f"{spec.scheduler.steps} of {schedule.num_train_timesteps} steps, {schedule.schedule}"

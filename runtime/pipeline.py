@@ -17,6 +17,8 @@ from .batching import Batching, Sampling, Turns
 from .default_artifact import default_artifact
 from .engine import Engine
 from .engine_auto import open_engine
+from .generator_model import load_generator
+from .generator_spec import GeneratorSpec
 from .host_memory import HostMemory
 from .job import Job, make_job
 from .memory_limit import job_sizes
@@ -45,7 +47,8 @@ def load(
 ) -> Model | Any:
     """Open the artifact in the folder `path`. Runs no code from it, and imports torch for the engine "cuda" alone.
 
-    A `Model`, or for an artifact of a VQVAE with a transformer a `TokenModel`, on a CPU engine and without a memory limit.
+    A `Model`, or for an artifact of a VQVAE with a transformer a `TokenModel` and for one that makes an image in one pass a
+    `GeneratorModel`, both on a CPU engine and without a memory limit.
 
     Args:
         path: a folder that `volcast export` wrote; None: the bundled hippocampus model (`default_artifact`).
@@ -63,6 +66,8 @@ def load(
     """
     folder = default_artifact() if path is None else Path(path)
     spec = read_manifest(folder)
+    if isinstance(spec, GeneratorSpec):
+        return load_generator(folder, spec, engine, threads, memory_limit)
     if not isinstance(spec, ArtifactSpec):
         from .token_model import load_tokens
 

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from volcast.runtime.artifact import digests, parse_manifest, read_artifact
+from volcast.runtime.artifact import KINDS, digests, parse_manifest, read_artifact
 from volcast.runtime.spec import ArtifactSpec
-from volcast.runtime.token_spec import TOKEN_FORMAT
 
 
 @pytest.fixture
@@ -56,8 +55,9 @@ def test_an_altered_or_truncated_or_missing_file(folder: Path) -> None:
 
 
 def test_a_newer_format_names_both(folder: Path) -> None:
-    change(folder, format=TOKEN_FORMAT + 1, invention=True)
-    refused(folder, f"format {TOKEN_FORMAT + 1}", f"than {TOKEN_FORMAT}", "upgrade volcast")
+    newest = max(KINDS)
+    change(folder, format=newest + 1, invention=True)
+    refused(folder, f"format {newest + 1}", f"than {newest}", "upgrade volcast")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,194 @@
+"""GeneratorModel: an opened network that makes an image in one pass, from a request to volumes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .conditions import resolve
+from .engine import Arrays, Engine
+from .engine_auto import open_engine
+from .generator_spec import GeneratorSpec
+from .memory import PeakMemory
+from .noise import request_noise
+from .programs import Programs
+from .report import Report, Stopwatch
+from .request import SAMPLES_OF_A_SEED, OnStep
+from .sizes import check_size, whole
+from .volume import Volume, centred_affine
+
+Condition = Mapping[str, Any]
+Image = Volume | NDArray[np.generic]
+ENGINES = ("auto", "onnxruntime", "openvino")
+
+
+@final
+class GeneratorModel:
+    """An opened artifact of a one-pass model. Not for two threads at once: its programs reuse their memory.
+
+    Attributes:
+        spec: the manifest.
+        engine: what runs it: `name`, `threads`.
+    """
+
+    def __init__(self, folder: Path, spec: GeneratorSpec, engine: Engine) -> None:
+        self.spec = spec
+        self.engine = engine
+        self._programs = Programs(folder, spec, engine)
+
+    def sample(
+        self,
+        seed: int = 0,
+        *,
+        condition: Condition | None = None,
+        image: Image | None = None,
+        on_step: OnStep | None = None,
+    ) -> Volume:
+        """One volume: `sample_many(1, ...)`, whose arguments it takes."""
+        return next(self.sample_many(1, seed, condition=condition, image=image, on_step=on_step))
+
+    def sample_many(
+        self,
+        n: int,
+        seed: int = 0,
+        *,
+        batch: int = 1,
+        condition: Condition | Sequence[Condition] | None = None,
+        image: Image | None = None,
+        on_step: OnStep | None = None,
+    ) -> Iterator[Volume]:
+        """`n` volumes, `batch` at a time. Sample i takes its noise from (seed, i), whatever the batch.
+
+        Args:
+            n: 1..1,000,000.
+            seed: 0..2^64 - 1.
+            batch: samples a network call, within the artifact's axis "batch".
+            condition: values by the name of a condition (`mask`: a label map), for all samples, or a sequence of n of
+                them. A Volume lends the samples its affine.
+            image: an image whose style the samples have, where the network has an encoder: the noise is then the
+                encoder's mean and, times the sample's own noise, its deviation (MONAI's `SPADENet.encode`).
+            on_step: called with the batches done and to do; what it raises stops the run.
+
+        Raises:
+            ValueError: anything out of range, before any work; volumes that are not finite.
+        """
+        for name, value, least, most in (
+            ("seed", seed, 0, 2**64 - 1), ("n", n, 1, SAMPLES_OF_A_SEED), ("batch", batch, 1, SAMPLES_OF_A_SEED),
+        ):  # fmt: skip
+            if type(whole(value)) is not int or not least <= value <= most:
+                raise ValueError(f"[sample] {name}={value!r}: need {least}..{most}")
+        for size in {min(batch, n), n % batch or min(batch, n)}:
+            check_size("sample", self.spec.axis("batch"), size)
+        given = list(condition) if isinstance(condition, Sequence) else [condition or {}]
+        if isinstance(condition, Sequence) and len(given) != n:
+            raise ValueError(
+                f"[sample] {len(given)} conditions for {n} samples: give one for all, or one for each"
+            )
+        sizes = {axis.name: axis.maximum for axis in self.spec.axes if axis.name != "batch"}
+        values = [resolve(self.spec, one, sizes).values for one in given]
+        style = None if image is None else self.encode(image)
+        parts = [range(first, min(first + batch, n)) for first in range(0, n, batch)]
+        places = [value for one in given for value in one.values() if isinstance(value, Volume)]
+        return self._run(parts, seed, values, style, places, on_step or (lambda done, total: None))
+
+    def encode(self, image: Image) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Mean and deviation `[1, Z]` of the noise that has the style of an image `[D, H, W]` (2D: `[H, W]`).
+
+        Raises ValueError: a network without an encoder, an image of another size.
+        """
+        if "encode" not in self.spec.programs:
+            raise ValueError(f"[encode] {self.spec.name} has no encoder of styles; leave the image out")
+        array = image.array if isinstance(image, Volume) else np.asarray(image)
+        shape = self.spec.programs["encode"].inputs[0].shape[1:]
+        flat = array[..., 0] if array.ndim == len(shape) and array.shape[-1] == 1 else array
+        wanted = flat[None] if flat.ndim == len(shape) - 1 else flat
+        if wanted.shape != shape or array.dtype.kind not in "fiub" or not np.isfinite(array).all():
+            raise ValueError(
+                f"[encode] got {array.dtype} {array.shape}: need finite numbers, {shape}; crop, pad or resample the image"
+            )
+        found = self._programs.call("encode", {"image": wanted[None]})
+        return np.asarray(found["z_mu"], np.float32), np.asarray(found["z_sigma"], np.float32)
+
+    def _run(
+        self,
+        parts: list[range],
+        seed: int,
+        values: Sequence[Arrays],
+        style: tuple[NDArray[np.float32], NDArray[np.float32]] | None,
+        places: Sequence[Volume],
+        on_step: OnStep,
+    ) -> Iterator[Volume]:
+        spacing = places[0].spacing_mm if places else self.spec.spacing_mm
+        affine = places[0].affine if places else centred_affine(self.spec.image_shape[1:], spacing)
+        for number, part in enumerate(parts):
+            memory, watch = PeakMemory(), Stopwatch(self._programs)
+            each = [values[i] for i in part] if len(values) > 1 else [values[0]] * len(part)
+            given: dict[str, Any] = {name: np.stack([one[name] for one in each]) for name in values[0]}
+            if "prepare" in self.spec.programs:
+                given = dict(self._programs.call("prepare", given))
+            prepare_seconds = watch.lap()
+            if self.spec.noise_shape:
+                z = request_noise(seed, part, 0, self.spec.noise_shape)
+                given |= {"z": z if style is None else style[0] + style[1] * z}
+            images = np.asarray(self._programs.call("decode", given)["image"], np.float32)
+            if not np.isfinite(images).all():
+                raise ValueError(
+                    "[sample] the volume is not finite; check the weights, or export with fp32 weights"
+                )
+            report = Report(
+                engine=self.engine.name,
+                threads=self.engine.threads,
+                scheduler="one pass",
+                steps=1,
+                batch=len(part),
+                open_seconds=watch.open_seconds(),
+                schedule_seconds=0.0,
+                prepare_seconds=prepare_seconds,
+                loop_seconds=0.0,
+                network_seconds=0.0,
+                decode_seconds=watch.lap(),
+                peak_bytes=memory.bytes(),
+                peak_of_process=memory.since_start_of_process,
+            )
+            on_step(number + 1, len(parts))
+            for image in images:
+                array = np.ascontiguousarray(image[0] if image.shape[0] == 1 else image)
+                yield Volume(array, affine, spacing, report)
+
+
+def load_generator(
+    folder: Path,
+    spec: GeneratorSpec,
+    engine: str | Engine = "auto",
+    threads: int | None = None,
+    memory_limit: int | str | None = None,
+) -> GeneratorModel:
+    """What `load` gives for the artifact of a one-pass model. Arguments as `load` has them.
+
+    Raises ValueError: an engine for another device, or a memory limit, which nothing keeps here.
+    """
+    if isinstance(engine, str) and engine not in ENGINES:
+        raise ValueError(
+            f"[load] engine={engine!r}: {spec.name} makes an image in one pass, on one of {', '.join(ENGINES)}"
+        )
+    if memory_limit is not None:
+        raise ValueError(
+            f"[load] memory_limit: {spec.name} makes an image in one pass and keeps none; leave it out"
+        )
+    return GeneratorModel(
+        folder, spec, engine if isinstance(engine, Engine) else open_engine(engine, threads)
+    )
+
+
+def refuse_settings(spec: GeneratorSpec, given: Mapping[str, Any]) -> None:
+    """ValueError: options of diffusion or token models, by name, None where not given."""
+    named = [f"--{name.replace('_', '-')}" for name, value in given.items() if value]
+    if named:
+        raise ValueError(
+            f"[sample] {', '.join(named)}: {spec.name} makes an image in one pass; leave it out (--condition, --mask and "
+            "--image are for it)"
+        )
