@@ -11,20 +11,16 @@ from abc import abstractmethod
 from enum import StrEnum
 from typing import Annotated, Literal, final
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+
+from .frozen import Finite as Finite
+from .frozen import Frozen as Frozen
+from .frozen import Identifier as Identifier
+from .frozen import PositiveInt as PositiveInt
+from .quality import QualityBudget
 
 FORMAT = 1
 """Version of a diffusion model's manifest; a reader refuses a newer one (`token_spec.py` has the next)."""
-
-Identifier = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
-PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class Frozen(BaseModel):
-    """Settings, never run state: immutable, strict, no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, protected_namespaces=())
 
 
 class Precision(StrEnum):
@@ -334,6 +330,7 @@ class ArtifactSpec(Manifest):
     `latent_shape` is `(C, *spatial)` at the default size (of the volume itself for a pixel-space model, which has
     no `decode`). `slabs` is `decode` cut for little memory. `low_res`: it is an upscaler's. `step_deep`, which gives the feature that comes up from
     below the network's top level besides, and `step_shallow`, which takes it, are for `reuse` and stand together.
+    `quality`: what fast samples may lose; None: `QualityBudget`'s defaults.
     """
 
     format: Annotated[int, Field(ge=1, le=FORMAT)]
@@ -342,6 +339,7 @@ class ArtifactSpec(Manifest):
     latent_shape: Annotated[tuple[PositiveInt, ...], Field(min_length=3, max_length=4)]
     slabs: SlabSpec | None = None
     low_res: LowResSpec | None = None
+    quality: QualityBudget | None = None
 
     @model_validator(mode="after")
     def _upscales(self) -> ArtifactSpec:
