@@ -46,6 +46,9 @@ def sample(
         Literal["leading", "linspace", "trailing"] | None, typer.Option(help="Spacing of the timesteps.")
     ] = None,
     eta: Annotated[float, typer.Option(help="DDIM's noise, 0..1.")] = 0.0,
+    reuse: Annotated[
+        int, typer.Option(help="The whole network at every k-th step alone; needs `volcast export --reuse`.")
+    ] = 1,
     guidance: Annotated[
         str | None,
         typer.Option(
@@ -116,13 +119,14 @@ def sample(
         "eta": eta,
         "guidance": weights,
     }
-    settings |= {"strength": strength, "compat": compat}
+    settings |= {"strength": strength, "compat": compat, "reuse": reuse}
     given = settings | {
         "strength": strength != 1,
         "mask": mask,
         "size": size,
         "image": image,
         "negative": negative,
+        "reuse": reuse != 1,
     }
     choice = choice_settings(model, temperature, top_k, top_p, given)
     if isinstance(model, GeneratorModel):

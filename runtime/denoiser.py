@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import final
 
 import numpy as np
@@ -14,6 +14,8 @@ from .engine import Program
 from .spec import ArtifactSpec
 
 Array = NDArray[np.generic]
+Network = Callable[[int, NDArray[np.float32], _core.Branch], Array]
+"""`Denoiser`'s call."""
 
 
 @final
@@ -43,7 +45,7 @@ class Denoiser:
 class SweptDenoiser:
     """Classifier-free guidance with a weight for each sample: u + w (c - u), in float64 as the loop's own."""
 
-    def __init__(self, denoiser: Denoiser, weights: Sequence[float]) -> None:
+    def __init__(self, denoiser: Network, weights: Sequence[float]) -> None:
         self._denoiser = denoiser
         self._weights = np.array(weights, np.float64)
 

@@ -25,6 +25,7 @@ from .engine_auto import INSTALL, open_engine
 from .generate_worker import Crew, Died, Failed, Finished, Made, Ready, Recipe, Task
 from .job import make_job
 from .request import SAMPLES_OF_A_SEED, Settings, make_request
+from .reuse import refuse_reuse
 
 DEPTH = 2
 """Tasks that a worker holds: it goes on while its answer is published."""
@@ -109,6 +110,7 @@ def prepare(
     spec = read_artifact(artifact)
     wanted: Settings = {"steps": None, "scheduler": None, "guidance": None, **(settings or {})}
     request = make_request(spec, seed, wanted)
+    refuse_reuse(request, "generate", "call Model.sample_many, which keeps features")
     conditions = parse_dataset_conditions(spec, condition)
     conditions.check(spec, seed, count)
     if count:

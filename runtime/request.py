@@ -31,6 +31,7 @@ class Settings(TypedDict, total=False):
     eta: float
     guidance: float | Iterable[float] | None
     strength: float
+    reuse: int
     compat: Literal["monai-1.6"] | None
 
 
@@ -43,12 +44,14 @@ class Request(Frozen):
         guidance: weight w of classifier-free guidance, u + w (c - u) (arXiv:2207.12598); None: the conditional branch
             alone, one network call a step instead of two.
         strength: how far an image is noised before it is denoised again; 1: from pure noise.
+        reuse: k: the whole network runs at every k-th step alone (`reuse.ReusingDenoiser`); 1: at each.
     """
 
     sampler: SamplerConfig
     seed: Annotated[int, Field(ge=0, lt=2**64, strict=True)] = 0
     guidance: Annotated[float, Field(ge=0, le=100)] | None = None
     strength: Annotated[float, Field(gt=0, le=1)] = 1.0
+    reuse: Annotated[int, Field(ge=1, le=1000, strict=True)] = 1
 
 
 def split_sweep(spec: ArtifactSpec, seed: int, settings: Settings) -> tuple[tuple[float, ...], Settings]:
@@ -85,7 +88,7 @@ def make_request(spec: ArtifactSpec, seed: int, settings: Settings) -> Request:
     steps = spec.scheduler.steps if steps is None else steps
     if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= last:
         raise ValueError(f"[sample] steps={steps!r}: need 1..{last}")
-    own = {key: value for key, value in settings.items() if key in Request.model_fields}
+    own = {key: whole(value) for key, value in settings.items() if key in Request.model_fields}
     sampler = {key: value for key, value in settings.items() if key in SamplerConfig.model_fields}
     try:
         request = Request.model_validate({"seed": whole(seed), "sampler": {**sampler, "steps": steps}, **own})

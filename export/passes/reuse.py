@@ -77,7 +77,7 @@ def _feature(step: GraphModule, moving: set[Node], below: set[Node]) -> Node:
     for node in reversed(step.graph.nodes):
         if node.target is aten.cat.default and argument(node, 1, 0) == 1:
             joined = [part for part in argument(node, 0) if part in moving]
-            deep = [part for part in joined if part in below]
+            deep: list[Node] = [part for part in joined if part in below]
             if len(deep) == 1 and len(joined) > 1:
                 return deep[0]
     raise _refused("no skip connection of its top level is concatenated to what comes up from below")
