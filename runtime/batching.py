@@ -20,6 +20,7 @@ from .autoencoder import Given, decode, decoder_conditions, encode
 from .batch_memory import BatchMemory
 from .engine import Engine
 from .host_memory import HostMemory
+from .inpaint import Known
 from .job import Job
 from .lanes import COUNTS, LaneReport, open_lanes
 from .programs import Programs
@@ -76,6 +77,7 @@ class _Open:
     sampling: Sampling
     shape: tuple[int, ...]
     given: Given
+    known: Known | None
     frame: tuple[NDArray[np.float64], tuple[float, ...]] | None
     on_step: OnStep | None
     on_preview: OnPreview | None
@@ -170,16 +172,19 @@ class Batching:
             unconditional = {} if negative is None else prepared(self._spec, self._host, negative)
             group = self._group(job.shape, rows.shape[1], conditional)
             _, _, x = first_latent(job, part, x0)
+            known = job.known
             # The answer may come before `submit` returns: it waits for the lock.
             with self._known:
                 sampling.id = self._batcher.submit(
                     group, job.plan, x, rows, list(conditional.values()), list(unconditional.values()),
                     seed=job.request.seed, sample=sample, guidance=job.request.guidance, priority=turns.priority,
                     deadline_s=turns.deadline_s, preview_every=preview_every,
+                    known=None if known is None else known.x0, keep=None if known is None else known.keep,
                 )  # fmt: skip
                 sampling.set_running_or_notify_cancel()
                 self._open[sampling.id] = _Open(
-                    sampling=sampling, shape=job.shape, given=decoder_conditions(self._spec, job, part), frame=frame,
+                    sampling=sampling, shape=job.shape, given=decoder_conditions(self._spec, job, part), known=known,
+                    frame=frame,
                     on_step=on_step, on_preview=on_preview,
                     began=time.perf_counter(),
                 )  # fmt: skip
@@ -249,7 +254,8 @@ class Batching:
     def _decoded(self, event: _core.BatchEvent, one: _Open) -> Images:
         assert event.x is not None
         with contextlib.nullcontext() if self._room is None else self._room.decoding:
-            return decode(self._spec, self._answer, event.x.reshape(1, *one.shape), one.given)
+            images = decode(self._spec, self._answer, event.x.reshape(1, *one.shape), one.given)
+        return images if one.known is None else one.known.pasted(images)
 
     def _volume(self, event: _core.BatchEvent, one: _Open) -> Volume:
         image = self._decoded(event, one)[0]

@@ -101,7 +101,8 @@ class GraphLoop(Loop):
         self._kept: OrderedDict[tuple[object, ...], CapturedStep | None] = OrderedDict()
 
     def run(self, start: Start, after: Callable[[int, int], None], shows: bool) -> float:
-        captured = self._captured(start)
+        # The captured step's update knows nothing of a part that stays: the host's does.
+        captured = None if start.known is not None else self._captured(start)
         if captured is None:
             return self._host.run(start, after, shows)
         assert not isinstance(start.guidance, tuple)  # Sampler.mixes_weights

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from volcast import _core
 
 from . import conditions
+from .inpaint import Known
 from .request import SAMPLES_OF_A_SEED, Request
 from .sampler import make_plan
 from .sizes import check_size, latent_sizes, whole
@@ -30,6 +31,7 @@ class Job:
     conditional: the conditions by name, without a batch axis, of each sample, or one for all.
     unconditional: the same for guidance's other branch; None without guidance.
     weights: of a guidance sweep, else empty. With k of them volume v of the job is sample v // k at weight v % k.
+    known: what stays of an image, where the plan inpaints; else None.
     """
 
     request: Request
@@ -39,6 +41,7 @@ class Job:
     conditional: Sequence[Mapping[str, Array]]
     unconditional: Sequence[Mapping[str, Array]] | None
     weights: tuple[float, ...] = ()
+    known: Known | None = None
 
     @property
     def alike(self) -> bool:

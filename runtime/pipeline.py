@@ -20,6 +20,8 @@ from .engine_auto import open_engine
 from .generator_model import load_generator
 from .generator_spec import GeneratorSpec
 from .host_memory import HostMemory
+from .image_start import check_image, encode_one, painted
+from .inpaint import Inpaint
 from .job import Job, make_job
 from .memory_limit import job_sizes
 from .programs import Programs
@@ -128,6 +130,7 @@ class Model:
         negative: Condition | None = None,
         size: Sequence[int] | None = None,
         image: Volume | NDArray[np.generic] | None = None,
+        inpaint: Inpaint | None = None,
         on_step: OnStep | None = None,
         on_preview: OnPreview | None = None,
         preview_every: int = 10,
@@ -137,8 +140,8 @@ class Model:
         if split_sweep(self.spec, seed, settings)[0]:
             raise ValueError("[sample] guidance: several weights make several volumes; call sample_many")
         volumes = self.sample_many(
-            1, seed, condition=condition, negative=negative, size=size, image=image, on_step=on_step,
-            on_preview=on_preview, preview_every=preview_every, **settings,
+            1, seed, condition=condition, negative=negative, size=size, image=image,
+            inpaint=inpaint, on_step=on_step, on_preview=on_preview, preview_every=preview_every, **settings,
         )  # fmt: skip
         return next(volumes)
 
@@ -152,6 +155,7 @@ class Model:
         negative: Condition | None = None,
         size: Sequence[int] | None = None,
         image: Volume | NDArray[np.generic] | None = None,
+        inpaint: Inpaint | None = None,
         on_step: OnStep | None = None,
         on_preview: OnPreview | None = None,
         preview_every: int = 10,
@@ -172,6 +176,8 @@ class Model:
             image: an image to start from, as `encode` takes it, one for all samples; `strength` says how far it is
                 noised. The affine of a Volume passes to the samples, without an image that of a condition which is one
                 (a label map). None: start from pure noise.
+            inpaint: what of the image to paint anew (RePaint, arXiv:2201.09865), from pure noise unless `strength` is
+                below 1; the rest stays. With ddim, ddpm and rflow.
             on_step: called with the steps done and to do, over all batches; what it raises stops the run.
             on_preview: called with the steps done of a batch and its images as they are by then, `[N, 1, D, H, W]`.
             preview_every: 1 or more steps between previews.
@@ -187,8 +193,12 @@ class Model:
             raise ValueError(
                 f"[sample] guidance: {self.engine.name} takes one weight a call; sweep with batch=1"
             )
+        if inpaint is not None and not self._sampler.inpaints:
+            raise ValueError(
+                f"[sample] inpaint: the engine {self.engine.name} does not; load the model with openvino or onnxruntime"
+            )
         job, x0, frame = self._job(
-            self.encode, seed, n, batch, condition, negative, size, image, settings, weights
+            self.encode, seed, n, batch, condition, negative, size, image, inpaint, settings, weights
         )
         every = self._every(preview_every) if on_preview is not None else 0
         watch = Watch(on_step=on_step, on_preview=on_preview, preview_every=every)
@@ -205,6 +215,7 @@ class Model:
         negative: Condition | None = None,
         size: Sequence[int] | None = None,
         image: Volume | NDArray[np.generic] | None = None,
+        inpaint: Inpaint | None = None,
         turns: Turns = Turns(),  # noqa: B008  (frozen)
         on_step: OnStep | None = None,
         on_preview: OnPreview | None = None,
@@ -232,7 +243,7 @@ class Model:
                 self._batching = self._start()
             batching = self._batching
         job, x0, frame = self._job(
-            batching.encode, seed, number + 1, 1, condition, negative, size, image, settings
+            batching.encode, seed, number + 1, 1, condition, negative, size, image, inpaint, settings
         )
         every = self._every(preview_every) if on_preview is not None else 0
         return batching.submit(
@@ -277,25 +288,17 @@ class Model:
 
     def _job(
         self, encode: Encode, seed: int, n: int, batch: int, condition: Condition | Sequence[Condition] | None,
-        size: Sequence[int] | None, image: Volume | NDArray[np.generic] | None, settings: Settings,
+        negative: Condition | None, size: Sequence[int] | None, image: Volume | NDArray[np.generic] | None,
+        inpaint: Inpaint | None, settings: Settings, weights: tuple[float, ...] = (),
     ) -> tuple[Job, NDArray[np.float32] | None, Frame | None]:  # fmt: skip
         """The job, the latent to start from, and the frame of the image that it is of."""
         request = make_request(self.spec, seed, settings)
-        if image is None and request.strength != 1:
-            raise ValueError(
-                f"[sample] strength={request.strength} without an image: give one, or leave it out"
-            )
-        x0 = None
-        if image is not None:
-            z = encode(image)
-            if z.shape[0] != 1:
-                raise ValueError(f"[sample] image holds {z.shape[0]} images: give one")
-            if size is not None and tuple(size) != z.shape[2:]:
-                raise ValueError(
-                    f"[sample] size={tuple(size)}: the image's latent is {z.shape[2:]}; leave size out"
-                )
-            x0, size = z[0], z.shape[2:]
+        check_image(image, inpaint, request)
+        x0 = None if image is None else encode_one(encode, image, size)
+        size = size if x0 is None else x0.shape[1:]
         job = make_job(self.spec, request, n, batch, condition, size, negative, weights)
+        if inpaint is not None and x0 is not None:
+            job, x0 = painted(job, inpaint, image, x0)
         return job, x0, _frame(image, condition)
 
     def _every(self, preview_every: int) -> int:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from volcast import _core
 
-from .autoencoder import decode, decode_plan, decoder_conditions
+from .autoencoder import Given, decode, decode_plan, decoder_conditions
 from .denoiser import Denoiser, SweptDenoiser, step_inputs
 from .engine import Engine
+from .inpaint import Known
 from .job import Job
 from .ledger import Ledger
 from .memory import PeakMemory
@@ -50,7 +51,13 @@ class Watch:
 
 
 class Sampler(ABC):
-    """Runs jobs of one artifact. Not for two threads at once."""
+    """Runs jobs of one artifact. Not for two threads at once.
+
+    Attributes:
+        inpaints: whether it runs plans that inpaint.
+    """
+
+    inpaints: ClassVar[bool] = True
 
     mixes_weights = False
     """Whether the volumes of one batch may have guidance weights of their own."""
@@ -83,6 +90,7 @@ class Start:
     samples: NDArray[np.uint64]
     guidance: float | tuple[float, ...] | None
     """One weight for all, or one each."""
+    known: Known | None = None
 
 
 class Loop(ABC):
@@ -107,6 +115,7 @@ class HostLoop(Loop):
         shapes = {name: value.shape for name, value in start.branches[_core.Branch.CONDITIONAL].items()}
         row = (len(start.x), *start.rows.shape[1:])
         step = self._programs.open("step", {"x": start.x.shape, "row": row, **shapes})
+        known = start.known
         # Two calls a step with guidance: a doubled batch would open every program at another shape.
         denoiser = Denoiser(step, start.rows, start.branches)
         guidance = start.guidance
@@ -114,8 +123,9 @@ class HostLoop(Loop):
             (SweptDenoiser(denoiser, guidance), None) if isinstance(guidance, tuple) else (denoiser, guidance)
         )
         return _core.run(
-            start.plan, start.x, network, start.seeds, start.samples, guidance=weight, on_step=after
-        ).network_s
+            start.plan, start.x, network, start.seeds, start.samples, guidance=weight, on_step=after,
+            known=None if known is None else known.x0, keep=None if known is None else known.keep,
+        ).network_s  # fmt: skip
 
 
 @final
@@ -178,16 +188,16 @@ class HostSampler(Sampler):
             if on_step is not None:
                 on_step(done, total)
             if watch.on_preview is not None and shows and done % watch.preview_every == 0:
-                watch.on_preview(done, decode(spec, programs, x, given))
+                watch.on_preview(done, self._images(job, x, given))
 
         start = Start(
             plan=job.plan, x=x, rows=rows, branches=branches, seeds=seeds, samples=samples,
-            guidance=job.guidance(part),
+            guidance=job.guidance(part), known=job.known,
         )  # fmt: skip
         network_seconds = self._loop.run(start, after, shows)
         loop_seconds = time.lap()
 
-        images = decode(spec, programs, x, given)
+        images = self._images(job, x, given)
         decode_seconds = time.lap()
         slabs = (
             0
@@ -212,6 +222,10 @@ class HostSampler(Sampler):
             decode_slabs=slabs,
             device_bytes=0 if self._ledger is None else self._ledger.peak,
         )
+
+    def _images(self, job: Job, x: NDArray[np.float32], given: Given) -> Images:
+        images = decode(self._spec, self._programs, x, given)
+        return images if job.known is None else job.known.pasted(images)
 
 
 def schedule_rows(programs: Programs, job: Job) -> NDArray[np.float32]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -61,7 +63,7 @@ def test_the_schedule_is_the_authors(resamples, jump):
         _core.make_ddpm(SCHEDULE, _core.Steps(TRAIN), EPSILON), resamples=resamples, jump_length=jump
     )
     times = authors_schedule(TRAIN, resamples, jump)
-    shown = [now for now, following in zip(times, times[1:], strict=False) if following < now]
+    shown = [now for now, following in pairwise(times) if following < now]
     assert plan.timesteps.tolist() == shown
     assert plan.inpaints and len(plan) >= TRAIN
 
@@ -76,7 +78,7 @@ def test_ddim_against_diffusers(monkeypatch):
     plan = _core.make_repaint(plan, resamples=3, jump_length=1)
     times, row, x = authors_schedule(TRAIN, 3, 1), 0, torch.from_numpy(noise(0))
     known, keep = torch.from_numpy(KNOWN), torch.from_numpy(KEEP)
-    for now, following in zip(times, times[1:], strict=False):
+    for now, following in pairwise(times):
         if following < now:
             row += 1
             drawn.append(noise(row, _core.KNOWN_NOISE))

@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import final
+from typing import ClassVar, final
 
 import numpy as np
 import torch
@@ -92,6 +92,8 @@ class _Pending:
 @final
 class DeviceSampler(Sampler):
     """Runs jobs of one artifact on one device."""
+
+    inpaints: ClassVar[bool] = False
 
     def __init__(
         self,

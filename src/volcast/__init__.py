@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from volcast.runtime.client import Client as Client
     from volcast.runtime.client_async import AsyncClient as AsyncClient
+    from volcast.runtime.inpaint import Inpaint as Inpaint
     from volcast.runtime.pipeline import load as load
     from volcast.runtime.volume import Volume as Volume
 
     __version__: str
 
-__all__ = ["AsyncClient", "Client", "Volume", "__version__", "load"]
+__all__ = ["AsyncClient", "Client", "Inpaint", "Volume", "__version__", "load"]
 
 
 def __getattr__(name: str) -> object:
@@ -35,6 +36,10 @@ def __getattr__(name: str) -> object:
         from volcast.runtime.client_async import AsyncClient
 
         return AsyncClient
+    if name == "Inpaint":
+        from volcast.runtime.inpaint import Inpaint
+
+        return Inpaint
     if name == "Volume":
         from volcast.runtime.volume import Volume
 
