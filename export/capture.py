@@ -90,8 +90,13 @@ def capture(
             raise ValueError(f"[capture] {type(network).__name__}: torch.export failed: {reason}") from error
         captured = program.module(check_guards=False)
     assert isinstance(captured, GraphModule)
+    return tidied(captured, tuple(examples))
+
+
+def tidied(captured: GraphModule, names: Sequence[str]) -> GraphModule:
+    """A traced graph with its inputs named, without what changes nothing, and what depends on no input computed."""
     captured.graph.set_codegen(torch.fx.graph.CodeGen())
-    return fold_constants(_rename(_simplify(_without_mutation(captured)), tuple(examples)))
+    return fold_constants(_rename(_simplify(_without_mutation(captured)), names))
 
 
 def _is_identity(node: Node) -> bool:

@@ -21,7 +21,7 @@ from volcast.export.bundle_config import Config
 from volcast.export.transformer_bundle import has_transformer, read_transformer
 from volcast.export.transformer_order import read_order
 from volcast.runtime.artifact import read_manifest
-from volcast.runtime.token_cli import auc
+from volcast.runtime.roc import auc
 from volcast.runtime.token_spec import TokenSpec
 
 SHAPE = (2, 3, 4)

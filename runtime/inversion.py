@@ -1,0 +1,192 @@
+"""Anomaly maps: an image is taken to noise by DDIM backwards and back under a condition of health, |x - x_hat| is left.
+
+Inversion is DDIM's ordinary differential equation run backwards (arXiv:2010.02502 section 4.3), so that the noise codes
+this very image; on the way back classifier-free guidance (Sanchez et al. 2022, arXiv:2207.12268) or the gradient of a
+classifier (Wolleb et al. 2022, arXiv:2203.04306) pulls it to health. Each timestep is the one that the plan says, both
+ways: MONAI's notebook shows its network the number of the step instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from volcast import _core
+
+from . import conditions
+from .autoencoder import decode, decoder_conditions, encode
+from .classifier import Classifier, GuidedDenoiser
+from .denoiser import Denoiser
+from .engine import Engine
+from .job import make_job
+from .memory_limit import job_sizes
+from .programs import Programs
+from .request import OnStep, Request, Settings, make_request
+from .sampler import make_plan
+from .sampling import prepared
+from .sizes import latent_sizes
+from .spec import ArtifactSpec
+from .volume import Volume, centred_affine
+
+Array = NDArray[np.generic]
+Latent = NDArray[np.float32]
+Condition = Mapping[str, Any]
+KNOWN = ("steps", "spacing", "guidance", "strength")
+"""Of `Settings`: the plan is always DDIM's, without noise."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Anomaly:
+    """What `find_anomaly` found.
+
+    Attributes:
+        map: |x - x_hat|, in the image's intensities, shape and affine.
+        reconstruction: x_hat.
+        latent: float32 `[1, C, D', H', W']`, the noise that codes the image, at the noisiest step of the way.
+        steps: how many there were each way.
+    """
+
+    map: Volume
+    reconstruction: Volume
+    latent: Latent
+    steps: int
+
+
+def find_anomaly(
+    spec: ArtifactSpec,
+    programs: Programs,
+    image: Volume | NDArray[np.generic],
+    *,
+    condition: Condition | None,
+    observed: Condition | None,
+    classifier: Classifier | None,
+    on_step: OnStep | None,
+    settings: Settings,
+) -> Anomaly:
+    """See `Model.anomaly`. Raises ValueError for what does not fit, before the first step."""
+    unknown = ", ".join(settings.keys() - set(KNOWN))
+    if unknown:
+        raise ValueError(f"[anomaly] unknown setting {unknown}; known: {', '.join(KNOWN)}")
+    pixels = image_array(spec, image, "anomaly")
+    request = make_request(spec, 0, {"strength": 0.5, **settings, "scheduler": "ddim"})
+    if classifier is not None:
+        classifier.check(spec)
+    x = encode(spec, programs, pixels).copy()  # of a model of images it is the image itself
+    forth = make_job(spec, request, 1, 1, condition, x.shape[2:])
+    back = _inverse(spec, request, x.shape[2:])
+    if programs.memory is not None:
+        programs.memory.check(job_sizes(spec, forth, 1))
+    shown = _observed(spec, condition, observed, x.shape[2:])
+
+    def after(before: int) -> Callable[[int, int], None]:
+        def report(done: int, _: int) -> None:
+            if on_step is not None:
+                on_step(before + done, len(back) + len(forth.plan))
+
+        return report
+
+    _run(spec, programs, back, x, [shown], None, None, after(0))
+    latent = x.copy()
+    values = [forth.conditional[0], *(() if forth.unconditional is None else (forth.unconditional[0],))]
+    _run(spec, programs, forth.plan, x, values, request.guidance, classifier, after(len(back)))
+    found = decode(spec, programs, x, decoder_conditions(spec, forth, range(1)))[0]
+    given = pixels[0]
+    if found.shape != given.shape:
+        raise ValueError(
+            f"[anomaly] the model decodes to {found.shape}, the image is {given.shape}: export another model"
+        )
+    like = image if isinstance(image, Volume) else None
+    return Anomaly(
+        map=_volume(spec, np.abs(given - found), like), reconstruction=_volume(spec, found, like), latent=latent,
+        steps=len(back),
+    )  # fmt: skip
+
+
+def image_array(
+    spec: ArtifactSpec, image: Volume | NDArray[np.generic], operation: str
+) -> NDArray[np.float32]:
+    """One image as float32 `[1, C, D, H, W]`: given so, without N, without C, or for a 2D model as a volume of one slice.
+
+    Raises ValueError for another shape, several images, what is no finite number.
+    """
+    array = image.array if isinstance(image, Volume) else np.asarray(image)
+    rank = len(spec.latent_shape) - 1
+    channels = spec.latent_shape[0]
+    if "encode" in spec.programs:
+        channels = int(spec.programs["encode"].inputs[0].shape[1])
+    if rank == 2 and array.ndim == 3 and array.shape[-1] == 1 and isinstance(image, Volume):
+        array = array[..., 0]
+    given = array.shape
+    array = array[None] if array.ndim == rank else array
+    array = array[None] if array.ndim == rank + 1 else array
+    if array.ndim != rank + 2 or array.shape[:2] != (1, channels) or array.dtype.kind not in "fiub":
+        axes = ", ".join("DHW"[:rank])
+        raise ValueError(
+            f"[{operation}] the image is {array.dtype} {given}: need numbers, ({channels}, {axes})"
+            + (f" or ({axes})" if channels == 1 else "")
+        )
+    if not np.isfinite(array).all():
+        raise ValueError(f"[{operation}] the image holds NaN or infinity; give finite numbers")
+    return np.ascontiguousarray(array, np.float32)
+
+
+def check_host(engine: Engine, operation: str) -> None:
+    """ValueError: an engine with a loop of its own, which knows no other network calls than `sample`'s."""
+    if type(engine).sampler is not Engine.sampler:
+        raise ValueError(
+            f"[{operation}] {engine.name}: runs on the CPU engines; load with engine='openvino' or 'onnxruntime'"
+        )
+
+
+def _inverse(spec: ArtifactSpec, request: Request, size: tuple[int, ...]) -> _core.Plan:
+    """The same transitions backwards; clipping x0 has no inverse."""
+    unclipped = spec.scheduler.model_copy(update={"clip_sample": False})
+    return make_plan(unclipped, request.sampler.model_copy(update={"reverse": True}), size)
+
+
+def _observed(
+    spec: ArtifactSpec, condition: Condition | None, observed: Condition | None, size: tuple[int, ...]
+) -> Mapping[str, Array]:
+    """What the network is shown on the way to noise: `observed`, else the null context, else `condition`."""
+    _, sizes = latent_sizes(spec, size, "anomaly")
+    if observed is not None:
+        return conditions.resolve(spec, observed, sizes).values
+    resolved = conditions.resolve(spec, condition, sizes)
+    null = any(one.unconditional is not None for one in spec.conditions)
+    return conditions.unconditional(spec, resolved) if null else resolved.values
+
+
+def _run(
+    spec: ArtifactSpec, programs: Programs, plan: _core.Plan, x: Latent, values: Sequence[Mapping[str, Array]],
+    guidance: float | None, classifier: Classifier | None, after: Callable[[int, int], None],
+) -> None:  # fmt: skip
+    """Carry the plan out on `x` `[1, C, D', H', W']`, in place; `values`: the condition, and that of guidance's other branch."""
+    found = programs.call("schedule", {"timesteps": plan.timesteps.astype(np.float32)})["rows"]
+    rows = np.asarray(found, np.float32)
+    batched = [{name: np.asarray(value)[None] for name, value in given.items()} for given in values]
+    order = (_core.Branch.CONDITIONAL, _core.Branch.UNCONDITIONAL)
+    branches = {
+        branch: prepared(spec, programs, given) for branch, given in zip(order, batched, strict=False)
+    }
+    shapes = {name: value.shape for name, value in branches[order[0]].items()}
+    step = programs.open("step", {"x": x.shape, "row": (1, *rows.shape[1:]), **shapes})
+    network: Any = Denoiser(step, rows, branches)
+    if classifier is not None:
+        network = GuidedDenoiser(network, classifier, spec, programs, plan)
+    seeds = np.zeros(1, np.uint64)
+    _core.run(plan, x, network, seeds, seeds, guidance=guidance, on_step=after)
+
+
+def _volume(spec: ArtifactSpec, channels: NDArray[np.float32], like: Volume | None) -> Volume:
+    """`[C, D, H, W]` where `like` lies, or centred."""
+    array = np.ascontiguousarray(channels[0] if channels.shape[0] == 1 else channels)
+    if like is None:
+        return Volume(array, centred_affine(channels.shape[1:], spec.spacing_mm), spec.spacing_mm)
+    if len(like.spacing_mm) > len(spec.spacing_mm):  # one slice of a 2D model
+        array = array[..., None]
+    return Volume(array, like.affine, like.spacing_mm)
