@@ -8,14 +8,17 @@ Summed over the timesteps, in nats: KL(q(x_s | x_t, x0) || p(x_s | x_t)), s the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, final
+from typing import Any, Literal, TypedDict, final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from volcast import _core
 
+from .autoencoder import encode
 from .denoiser import Denoiser
+from .engine import Engine
+from .inversion import Image, check_host, image_array
 from .job import make_job
 from .memory_limit import job_sizes
 from .noise import request_noise
@@ -28,38 +31,63 @@ from .spec import ArtifactSpec, SchedulerSpec
 Array = NDArray[np.float64]
 BIN = 1 / 255
 """Width of the bin of the last term: 8 bits of 0..1, as MONAI's default."""
-KNOWN = ("steps", "spacing", "compat")
 _LEAST = 1e-12
 """A bin's probability is not taken for less: the last term ends at 27.6 nats."""
 
 
-def likelihood_terms(
+class Bounding(TypedDict, total=False):
+    """Keyword arguments of `Model.likelihood`: `seed` of the noise, `condition`, and `steps`, `spacing`, `compat` as in
+    `Model.sample`. `compat` gives the numbers of MONAI 1.6.1: the last term with a variance of 1e-20, and open bins
+    beyond +-0.999.
+    """
+
+    seed: int
+    condition: Mapping[str, Any] | None
+    steps: int | None
+    spacing: Literal["leading", "linspace", "trailing"] | None
+    compat: Literal["monai-1.6"] | None
+
+
+def bound_likelihood(
     spec: ArtifactSpec,
+    engine: Engine,
     programs: Programs,
-    x0: NDArray[np.float32],
-    *,
-    seed: int,
-    condition: Mapping[str, Any] | None,
+    image: Image,
     on_step: OnStep | None,
-    settings: Settings,
+    how: Bounding,
+) -> Array:
+    """A lower bound of log p (natural) of one image, float64 `[1, C, D', H', W']`: the part of each value of its latent.
+
+    Minus the sum of `likelihood_terms`; summed up it is low for images unlike those of training. `image` is as in
+    `find_anomaly`.
+
+    Raises:
+        ValueError: anything out of range, an engine for a device, before the first step; values that are not finite.
+    """
+    check_host(engine, "likelihood")
+    x0 = encode(spec, programs, image_array(spec, image, "likelihood"))
+    return np.asarray(-likelihood_terms(spec, programs, x0, on_step, how).sum(0)[None])
+
+
+def likelihood_terms(
+    spec: ArtifactSpec, programs: Programs, x0: NDArray[np.float32], on_step: OnStep | None, how: Bounding
 ) -> Array:
     """The terms for one latent x0 `[1, C, D', H', W']`, float64 `[steps, C, D', H', W']`, the noisiest first, in nats.
 
-    One draw of noise serves all timesteps, as in MONAI. `compat` gives the numbers of MONAI 1.6.1: the last term with
-    a variance of 1e-20, and tails beyond +-0.999.
-
-    Raises:
-        ValueError: a setting out of range or unknown, a network that predicts a flow; an output that is not finite.
+    One draw of noise serves all timesteps, as in MONAI. ValueError: see `bound_likelihood`.
     """
-    unknown = ", ".join(settings.keys() - set(KNOWN))
+    unknown = ", ".join(how.keys() - Bounding.__annotations__.keys())
     if unknown:
-        raise ValueError(f"[likelihood] unknown setting {unknown}; known: {', '.join(KNOWN)}")
+        raise ValueError(f"[likelihood] unknown {unknown}; known: {', '.join(Bounding.__annotations__)}")
     if spec.scheduler.prediction_type == "flow":
         raise ValueError(
             f"[likelihood] {spec.name} predicts a flow, which has no variational bound; use ddpm models"
         )
-    request = make_request(spec, seed, {**settings, "scheduler": "ddpm"})
-    job = make_job(spec, request, 1, 1, condition, x0.shape[2:])
+    settings: Settings = {
+        "scheduler": "ddpm", "steps": how.get("steps"), "spacing": how.get("spacing"), "compat": how.get("compat"),
+    }  # fmt: skip
+    request = make_request(spec, how.get("seed", 0), settings)
+    job = make_job(spec, request, 1, 1, how.get("condition"), x0.shape[2:])
     if programs.memory is not None:
         programs.memory.check(job_sizes(spec, job, 1))
     rows = schedule_rows(programs, job)
@@ -68,7 +96,7 @@ def likelihood_terms(
     shapes = {name: value.shape for name, value in given.items()}
     step = programs.open("step", {"x": x0.shape, "row": (1, *rows.shape[1:]), **shapes})
     network = Denoiser(step, rows, {_core.Branch.CONDITIONAL: given})
-    noise = request_noise(seed, range(1), 0, x0.shape[1:]).astype(np.float64)
+    noise = request_noise(request.seed, range(1), 0, x0.shape[1:]).astype(np.float64)
     clean = x0.astype(np.float64)
     bound = Bound(
         spec.scheduler, job.plan.timesteps.astype(np.int64), monai=request.sampler.compat is not None

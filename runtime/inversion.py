@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Literal, TypedDict, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,8 +35,25 @@ from .volume import Volume, centred_affine
 Array = NDArray[np.generic]
 Latent = NDArray[np.float32]
 Condition = Mapping[str, Any]
-KNOWN = ("steps", "spacing", "guidance", "strength")
-"""Of `Settings`: the plan is always DDIM's, without noise."""
+Image = Volume | NDArray[np.generic]
+
+
+class Inversion(TypedDict, total=False):
+    """Keyword arguments of `Model.anomaly`.
+
+    `condition`: of health, values by the name of a condition or field, for the way back. `observed`: the same on the way
+    to noise; None: the null context where the model has one, else `condition`. `classifier`: pulls the way back to a
+    class, for an artifact that has a classifier. `steps`, `spacing` and `guidance` (of the way back) as in
+    `Model.sample`; `strength`: what part of the steps, from the clean end, is gone; left out: 0.5.
+    """
+
+    condition: Condition | None
+    observed: Condition | None
+    classifier: Classifier | None
+    steps: int | None
+    spacing: Literal["leading", "linspace", "trailing"] | None
+    strength: float
+    guidance: float | None
 
 
 @final
@@ -59,21 +76,31 @@ class Anomaly:
 
 def find_anomaly(
     spec: ArtifactSpec,
+    engine: Engine,
     programs: Programs,
-    image: Volume | NDArray[np.generic],
-    *,
-    condition: Condition | None,
-    observed: Condition | None,
-    classifier: Classifier | None,
+    image: Image,
     on_step: OnStep | None,
-    settings: Settings,
+    how: Inversion,
 ) -> Anomaly:
-    """See `Model.anomaly`. Raises ValueError for what does not fit, before the first step."""
-    unknown = ", ".join(settings.keys() - set(KNOWN))
+    """What is unlike health in one image: it is taken to noise by DDIM backwards and back under a condition of health.
+
+    `image` is one image, `[D, H, W]` or `[C, D, H, W]`, with the intensities of training; the maps lie where a Volume
+    does. `on_step` is called with the steps done and to do, both ways together.
+
+    Raises:
+        ValueError: anything out of range, an engine for a device, before the first step; values that are not finite.
+    """
+    unknown = ", ".join(how.keys() - Inversion.__annotations__.keys())
     if unknown:
-        raise ValueError(f"[anomaly] unknown setting {unknown}; known: {', '.join(KNOWN)}")
+        raise ValueError(f"[anomaly] unknown {unknown}; known: {', '.join(Inversion.__annotations__)}")
+    check_host(engine, "anomaly")
     pixels = image_array(spec, image, "anomaly")
-    request = make_request(spec, 0, {"strength": 0.5, **settings, "scheduler": "ddim"})
+    condition, observed, classifier = how.get("condition"), how.get("observed"), how.get("classifier")
+    settings: Settings = {
+        "scheduler": "ddim", "steps": how.get("steps"), "spacing": how.get("spacing"),
+        "strength": how.get("strength", 0.5), "guidance": how.get("guidance"),
+    }  # fmt: skip
+    request = make_request(spec, 0, settings)
     if classifier is not None:
         classifier.check(spec)
     x = encode(spec, programs, pixels).copy()  # of a model of images it is the image itself

@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from . import autoencoder
 from .artifact import read_manifest
 from .batching import Batching, Sampling, Turns
-from .classifier import Classifier
 from .default_artifact import default_artifact
-from .diffusion_likelihood import likelihood_terms
+from .diffusion_likelihood import Bounding, bound_likelihood
 from .engine import Engine
 from .engine_auto import open_engine
 from .generator_model import load_generator
@@ -24,7 +23,7 @@ from .generator_spec import GeneratorSpec
 from .host_memory import HostMemory
 from .image_start import check_image, encode_one, painted
 from .inpaint import Inpaint
-from .inversion import Anomaly, check_host, find_anomaly, image_array
+from .inversion import Anomaly, Inversion, find_anomaly
 from .job import Job, make_job
 from .memory_limit import job_sizes
 from .programs import Programs
@@ -289,64 +288,26 @@ class Model:
         self._check_alone("encode")
         return autoencoder.encode(self.spec, self._programs, image)
 
+    def anomaly(
+        self, image: Volume | NDArray[np.generic], on_step: OnStep | None = None, **how: Unpack[Inversion]
+    ) -> Anomaly:
+        """What is unlike health in one image, by DDIM inversion: `find_anomaly`."""
+        self._check_alone("anomaly")
+        return find_anomaly(self.spec, self.engine, self._programs, image, on_step, how)
+
+    def likelihood(
+        self, image: Volume | NDArray[np.generic], on_step: OnStep | None = None, **how: Unpack[Bounding]
+    ) -> NDArray[np.float64]:
+        """A lower bound of log p (natural) of one image, by value of its latent: `bound_likelihood`."""
+        self._check_alone("likelihood")
+        return bound_likelihood(self.spec, self.engine, self._programs, image, on_step, how)
+
     def _job(
         self, encode: Encode, seed: int, n: int, batch: int, condition: Condition | Sequence[Condition] | None,
         negative: Condition | None, size: Sequence[int] | None, image: Volume | NDArray[np.generic] | None,
         inpaint: Inpaint | None, settings: Settings, weights: tuple[float, ...] = (),
     ) -> tuple[Job, NDArray[np.float32] | None, Frame | None]:  # fmt: skip
         """The job, the latent to start from, and the frame of the image that it is of."""
-    def anomaly(
-        self,
-        image: Volume | NDArray[np.generic],
-        *,
-        condition: Condition | None = None,
-        observed: Condition | None = None,
-        classifier: Classifier | None = None,
-        on_step: OnStep | None = None,
-        **settings: Unpack[Settings],
-    ) -> Anomaly:
-        """What is unlike health in one image: it is taken to noise by DDIM backwards and back under `condition`.
-
-        Args:
-            image: one image, `[D, H, W]` or `[C, D, H, W]`, with the intensities of training; the maps lie where a Volume does.
-            condition: of health, values by the name of a condition or field.
-            observed: shown on the way to noise; None: the null context, where the model has one, else `condition`.
-            classifier: pulls the way back to a class, for an artifact that has a classifier.
-            on_step: called with the steps done and to do, both ways.
-            settings: `steps`, `spacing`, `strength` (what part of them is gone, 0.5), `guidance` of the way back.
-
-        Raises:
-            ValueError: anything out of range, an engine for a device, before the first step; values that are not finite.
-        """
-        self._check_alone("anomaly")
-        check_host(self.engine, "anomaly")
-        return find_anomaly(
-            self.spec, self._programs, image, condition=condition, observed=observed, classifier=classifier,
-            on_step=on_step, settings=settings,
-        )  # fmt: skip
-
-    def likelihood(
-        self,
-        image: Volume | NDArray[np.generic],
-        *,
-        seed: int = 0,
-        condition: Condition | None = None,
-        on_step: OnStep | None = None,
-        **settings: Unpack[Settings],
-    ) -> NDArray[np.float64]:
-        """A lower bound of log p (natural) of one image, float64 `[1, C, D', H', W']`: the part of each value of its latent.
-
-        `likelihood_terms` says what is summed; `settings` are `steps`, `spacing` and `compat`. Summed up, it is low for
-        images unlike those of training. ValueError as in `anomaly`.
-        """
-        self._check_alone("likelihood")
-        check_host(self.engine, "likelihood")
-        x0 = autoencoder.encode(self.spec, self._programs, image_array(self.spec, image, "likelihood"))
-        terms = likelihood_terms(
-            self.spec, self._programs, x0, seed=seed, condition=condition, on_step=on_step, settings=settings
-        )
-        return np.asarray(-terms.sum(0)[None])
-
         request = make_request(self.spec, seed, settings)
         check_image(image, inpaint, request)
         x0 = None if image is None else encode_one(encode, image, size)
