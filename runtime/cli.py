@@ -33,9 +33,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 def sample(
     artifact: Artifact = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="NIfTI file to write.")] = Path(
-        "sample.nii.gz"
-    ),
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="NIfTI file; left out: sample.nii.gz, with --mean or --variance none."
+        ),
+    ] = None,
     count: Annotated[
         int, typer.Option("--count", "-n", help="Volumes; above 1: OUTPUT_0, OUTPUT_1, ...")
     ] = 1,
@@ -72,6 +75,19 @@ def sample(
     size: Annotated[str | None, typer.Option(help="Latent sizes, as 8,12,8.")] = None,
     image: Annotated[Path | None, typer.Option(help="NIfTI file to start from (image to image).")] = None,
     strength: Annotated[float, typer.Option(help="With --image: how far it is noised, up to 1.")] = 1.0,
+    inpaint: Annotated[
+        Path | None,
+        typer.Option(help="With --image: NIfTI mask, not 0 where to paint anew (RePaint); the rest stays."),
+    ] = None,
+    resamples: Annotated[
+        int | None, typer.Option(help="With --inpaint: runs of each stretch of steps; left out: 4.")
+    ] = None,
+    jump_length: Annotated[
+        int | None, typer.Option(help="With --inpaint: steps of such a stretch; left out: 1.")
+    ] = None,
+    paste: Annotated[bool, typer.Option(help="With --inpaint: put the image's own voxels back.")] = True,
+    mean: Annotated[Path | None, typer.Option(help="NIfTI file: the mean of the -n volumes.")] = None,
+    variance: Annotated[Path | None, typer.Option(help="NIfTI file: their variance (by n - 1).")] = None,
     temperature: Annotated[float | None, typer.Option(help="Token models: above 0; left out: 1.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Token models: of the k most probable codes.")] = None,
     top_p: Annotated[
@@ -94,7 +110,9 @@ def sample(
     """Sample volumes and write them as NIfTI."""
     from .condition_text import mask_texts, parse_conditions, parse_weights
     from .default_artifact import default_artifact
+    from .ensemble import Ensemble
     from .generator_model import GeneratorModel, refuse_settings
+    from .image_cli import check_maps, edited, read_inpaint, save_maps
     from .picture import mosaic, save_picture
     from .pipeline import load
     from .sizes import parse_sizes
@@ -103,9 +121,16 @@ def sample(
     from .volume import read_nifti
 
     weights = parse_weights(guidance)
-    outputs = output_files(output, count, png, weights if isinstance(weights, list) else ())
+    maps = [path for path in (mean, variance) if path is not None]
+    check_maps(maps, variance is not None, count, weights)
+    outputs = output_files(
+        output or Path("sample.nii.gz"), count, png, weights if isinstance(weights, list) else ()
+    )
+    for path in maps:
+        output_files(path, 1, None)
     latent = parse_sizes("sample", size)
     start = None if image is None else read_nifti(image)
+    painted = read_inpaint(image, inpaint, resamples, jump_length, paste)
     folder = default_artifact(controlled=True) if artifact is None and mask else artifact
     model = load(folder, engine, threads, memory_limit)
     if not quiet:
@@ -125,6 +150,7 @@ def sample(
         "mask": mask,
         "size": size,
         "image": image,
+        "inpaint": inpaint,
         "negative": negative,
         "reuse": reuse != 1,
     }
@@ -144,12 +170,24 @@ def sample(
             volumes = model.sample_many(count, seed, **common, image=start)
         else:
             common["negative"] = parse_conditions(model.spec, negative) if negative else None
-            volumes = model.sample_many(count, seed, **common, size=latent, image=start, **settings)
+            common |= edited(model.spec, start, painted)
+            volumes = model.sample_many(count, seed, **common, size=latent, **settings)
+        ensemble = Ensemble()
         for number, (path, volume) in enumerate(zip(outputs, volumes, strict=True)):
+            shown += [volume] if png else []
+            if maps:
+                ensemble.add(volume)
+            if maps and output is None:
+                continue
             volume.save(path, f"volcast {model.spec.name} seed {seed}")
             sample = number * count // len(outputs)
             lines.append(_described(path, volume, seed, sample) if as_json else _summary(path, volume))
-            shown += [volume] if png else []
+    for what, path in save_maps(ensemble, mean, variance, f"volcast {model.spec.name} seed {seed}").items():
+        lines.append(
+            {"path": str(path), "seed": seed, what: ensemble.count}
+            if as_json
+            else f"{path}: {what} of {ensemble.count}"
+        )
     if png is not None:
         each = [f" guidance {w:g}" for w in weights] if isinstance(weights, list) else [""]
         captions = [f"{model.spec.name} seed {seed} sample {i}{w}" for i in range(count) for w in each]

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from volcast.runtime.client import Client as Client
     from volcast.runtime.client_async import AsyncClient as AsyncClient
+    from volcast.runtime.ensemble import Ensemble as Ensemble
     from volcast.runtime.inpaint import Inpaint as Inpaint
     from volcast.runtime.pipeline import load as load
     from volcast.runtime.volume import Volume as Volume
 
     __version__: str
 
-__all__ = ["AsyncClient", "Client", "Inpaint", "Volume", "__version__", "load"]
+__all__ = ["AsyncClient", "Client", "Ensemble", "Inpaint", "Volume", "__version__", "load"]
 
 
 def __getattr__(name: str) -> object:
@@ -36,6 +37,10 @@ def __getattr__(name: str) -> object:
         from volcast.runtime.client_async import AsyncClient
 
         return AsyncClient
+    if name == "Ensemble":
+        from volcast.runtime.ensemble import Ensemble
+
+        return Ensemble
     if name == "Inpaint":
         from volcast.runtime.inpaint import Inpaint
 

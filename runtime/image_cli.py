@@ -1,0 +1,72 @@
+"""What `volcast sample` needs of images: the one to start from, the part to paint anew, the maps of an ensemble."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .ensemble import Ensemble
+    from .inpaint import Inpaint
+    from .volume import Volume
+
+
+def read_inpaint(
+    image: Path | None, mask: Path | None, resamples: int | None, jump_length: int | None, paste: bool
+) -> Inpaint | None:
+    """`--inpaint` with its options (ValueError: options without it, or it without `--image`)."""
+    from .inpaint import Inpaint
+    from .volume import read_nifti
+
+    how = {"resamples": resamples, "jump_length": jump_length}
+    given = {name: number for name, number in how.items() if number is not None}
+    if mask is None:
+        names = [f"--{name.replace('_', '-')}" for name in given] + ([] if paste else ["--no-paste"])
+        if names:
+            raise ValueError(
+                f"[sample] {', '.join(names)}: without --inpaint FILE; give it, or leave these out"
+            )
+        return None
+    if image is None:
+        raise ValueError("[sample] --inpaint: without --image FILE; give the image that the mask is of")
+    return Inpaint(read_nifti(mask), paste=paste, **given)
+
+
+def edited(spec: Any, image: Volume | None, inpaint: Inpaint | None) -> dict[str, Any]:
+    """`image` and `inpaint` as a model of this spec takes them: one slice of a 2D model has no third axis."""
+    from dataclasses import replace
+
+    from .volume import Volume
+
+    def planar(volume: Volume | None) -> Volume | None:
+        if volume is None or len(spec.latent_shape) != 3 or volume.array.shape[2] != 1:
+            return volume
+        return Volume(volume.array[..., 0].copy(), volume.affine, volume.spacing_mm[:2])
+
+    shown = planar(image)
+    mask = None if inpaint is None or not isinstance(inpaint.mask, Volume) else planar(inpaint.mask)
+    return {
+        "image": shown,
+        "inpaint": None if inpaint is None or mask is None else replace(inpaint, mask=mask),
+    }
+
+
+def check_maps(maps: Sequence[Path], variance: bool, count: int, weights: object) -> None:
+    """ValueError: maps that `--mean` and `--variance` cannot be made of."""
+    if variance and count < 2:
+        raise ValueError(f"[sample] --variance: of {count} volume; give -n 2 or more")
+    if maps and isinstance(weights, list):
+        raise ValueError("[sample] --mean, --variance: of one guidance weight, not of several; give one")
+
+
+def save_maps(ensemble: Ensemble, mean: Path | None, variance: Path | None, what: str) -> dict[str, Path]:
+    """Write the maps asked for; their files by what they show."""
+    written = {}
+    if mean is not None:
+        ensemble.mean().save(mean, f"{what} mean of {ensemble.count}")
+        written["mean"] = mean
+    if variance is not None:
+        ensemble.variance().save(variance, f"{what} variance of {ensemble.count}")
+        written["variance"] = variance
+    return written
