@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from .engine_name import EngineName
-
-if TYPE_CHECKING:
-    from .request import Settings
 
 
 def anomaly(
@@ -59,11 +56,10 @@ def anomaly(
     shown = None if observed is None else parse_conditions(spec, observed)
     volume = read_nifti(image)
     model = load(artifact, engine, threads)
-    settings: Settings = {"steps": steps, "strength": strength, "guidance": guidance}
     with progress(shown=sys.stderr.isatty() or not as_json) as on_step:
         found = model.anomaly(
-            volume, condition=healthy, observed=shown, on_step=on_step,
-            classifier=None if label is None else Classifier(label=label, scale=scale), **settings,
+            volume, on_step, condition=healthy, observed=shown, steps=steps, strength=strength, guidance=guidance,
+            classifier=None if label is None else Classifier(label=label, scale=scale),
         )  # fmt: skip
     for path, one in zip(outputs, (found.map, found.reconstruction), strict=False):
         one.save(path, f"volcast {model.spec.name} anomaly")

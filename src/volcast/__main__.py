@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": "volcast.export.evaluate_cli",
     "info": "volcast.runtime.cli",
     "likelihood": "volcast.runtime.likelihood_cli",
+    "anomaly": "volcast.runtime.anomaly_cli",
     "generate": "volcast.runtime.generate_cli",
     "pack": "volcast.export.pack_cli",
     "quantize": "volcast.export.quantize_cli",
