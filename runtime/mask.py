@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .spec import ArtifactSpec
 from .volume import Volume, load_nifti
@@ -13,19 +16,32 @@ SPACING_TOLERANCE = 0.01
 """Relative: what a header's float32 and rounding to hundredths of a millimetre leave."""
 
 
-def read_on_grid(path: str | os.PathLike[str], spec: ArtifactSpec | None) -> Volume:
+def read_on_grid(
+    path: str | os.PathLike[str], spec: ArtifactSpec | None, coarser: Sequence[int] = (1, 1, 1)
+) -> Volume:
     """The label map or image in a NIfTI file, `[i, j, k]` (a 2D model's: `[i, j]`), with its affine.
 
     Its axes must run as those of the volumes that are sampled (to the right, forward, up), with the model's voxel size;
-    without a spec (a server has it) the voxel size goes unchecked.
+    `coarser` times as large for an upscaler's low-resolution image; without a spec (a server has it) it goes unchecked.
 
     Raises:
         ValueError: no NIfTI, no affine in it, other axes or voxels, a 2D model and more than one slice.
     """
+    image, array = load_nifti("mask", path)
+    return on_grid(f"[mask] {os.fspath(path)}", image.header, array, spec, coarser)
+
+
+def on_grid(
+    where: str,
+    header: Any,
+    array: NDArray[np.float32],
+    spec: ArtifactSpec | None,
+    coarser: Sequence[int] = (1, 1, 1),
+) -> Volume:
+    """`read_on_grid` of what was read: nibabel's `header` of a NIfTI file, and its numbers. Errors begin with `where`."""
     import nibabel
 
-    where = f"[mask] {os.fspath(path)}"
-    image, array = load_nifti("mask", path)
+    affine = header.get_best_affine()
     dims = 3 if spec is None else len(spec.latent_shape) - 1
     if array.ndim == 2:
         array = array[..., None]
@@ -33,13 +49,12 @@ def read_on_grid(path: str | os.PathLike[str], spec: ArtifactSpec | None) -> Vol
         raise ValueError(
             f"{where} has shape {array.shape}: need {'three axes' if dims == 3 else 'one slice'}"
         )
-    header = image.header
     if not int(header.get("sform_code", 0)) and not int(header.get("qform_code", 0)):
         raise ValueError(
             f"{where} has no affine (sform and qform codes are 0), so where its axes point is unknown; write it with one, "
             "or give the array as .npy"
         )
-    axes = "".join(nibabel.aff2axcodes(image.affine)[:dims])
+    axes = "".join(nibabel.aff2axcodes(affine)[:dims])
     if axes != "RAS"[:dims]:
         raise ValueError(
             f"{where} has axes {axes}: need {'RAS'[:dims]}, as the volumes that are sampled; turn it with "
@@ -47,6 +62,8 @@ def read_on_grid(path: str | os.PathLike[str], spec: ArtifactSpec | None) -> Vol
         )
     spacing = tuple(float(size) for size in header.get_zooms()[:dims])
     wanted = None if spec is None or spec.provenance.get("spacing_mm") == "assumed 1 mm" else spec.spacing_mm
+    if wanted is not None:
+        wanted = tuple(size * factor for size, factor in zip(wanted, coarser, strict=False))
     if wanted is not None and not np.allclose(spacing, wanted, rtol=SPACING_TOLERANCE, atol=0):
         raise ValueError(
             f"{where} has voxels of {' x '.join(f'{one:g}' for one in spacing)} mm: the model has "
@@ -54,6 +71,6 @@ def read_on_grid(path: str | os.PathLike[str], spec: ArtifactSpec | None) -> Vol
         )
     return Volume(
         np.ascontiguousarray(array[..., 0] if dims == 2 else array),
-        np.asarray(image.affine, np.float64),
+        np.asarray(affine, np.float64),
         spacing,
     )
