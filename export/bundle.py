@@ -69,6 +69,7 @@ def read_bundle(
     spacing, found_spacing = read_spacing(plan.config, plan.unet.arguments["spatial_dims"])
     files = LargeFiles(plan.root)
     unet = _load(plan, "unet", plan.unet, files)
+    put_latent_first(plan.config, unet.network, latent_shape[0])
     autoencoder = None if plan.autoencoder is None else _load(plan, "autoencoder", plan.autoencoder, files)
     controls = [_load(plan, control.id, control, files) for control in plan.controls]
     scale_factor, found_scale = _scale_factor(plan, unet, files)

@@ -217,7 +217,7 @@ def _network(read: Config, role: Role, choices: Mapping[str, Any]) -> NetworkPla
     component = read.get(id).id  # an id may name another one: network_def: "@autoencoder_def"
     target = read.raw(component).get("_target_")
     plan = plan_network(component, str(target), read.arguments(component))
-    if plan.kind.role != role:
+    if plan.kind.role not in roles:
         raise ValueError(f"[bundle] --set {role}={id}: {plan.kind.network.__name__} is no {role}")
     return plan
 

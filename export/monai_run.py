@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from volcast.runtime.spec import SchedulerSpec
+from volcast.runtime.spec import LOW_RES, TAU, SchedulerSpec
 
 from .bundle import Bundle
 from .monai_masks import Controls, Shown
@@ -76,6 +76,8 @@ def run_monai(
     """
     start = torch.from_numpy(np.ascontiguousarray(noise(0)))
     scheduler = monai_scheduler(bundle.scheduler, steps, tuple(start.shape[2:]))
+    conditional = _monai_names(bundle, conditional)
+    unconditional = None if unconditional is None else _monai_names(bundle, unconditional)
     shown = Shown(bundle, conditional)
     own = {name: value for name, value in conditional.items() if name not in shown.names}
     other = None if unconditional is None else {name: unconditional[name] for name in own}
@@ -109,6 +111,13 @@ def run_monai(
         with torch.no_grad():
             image = _ObservedDecoder(bundle.autoencoder, shown.segmentation).decode_stage_2_outputs(z)
     return MonaiRun(timesteps=tuple(network.timesteps), calls=network.calls, z=_array(z), image=_array(image))
+
+
+def _monai_names(bundle: Bundle, values: Mapping[str, Array]) -> dict[str, Array]:
+    """An upscaler's conditions by the names that they have in MONAI; the level goes nowhere without class labels."""
+    told = getattr(bundle.unet, "num_class_embeds", None) is not None
+    names = {LOW_RES: "concat", TAU: "class_labels"}
+    return {names.get(name, name): value for name, value in values.items() if told or name != TAU}
 
 
 def monai_scheduler(spec: SchedulerSpec, steps: int, latent_spatial: tuple[int, ...]) -> Any:

@@ -13,6 +13,8 @@ from monai.apps.generation.maisi.networks.autoencoderkl_maisi import MaisiConvol
 from torch import Tensor, nn
 from torch.nn import functional
 
+from volcast.runtime.spec import LOW_RES, TAU
+
 MASK, SCALE = "mask", "controlnet_scale"
 """Names of conditions: SPADE's label map, and what multiplies the ControlNets' residuals."""
 
@@ -29,8 +31,8 @@ class Denoiser(nn.Module):
     """`forward(x, timesteps, *conditions) -> out` around a MONAI diffusion UNet and its ControlNets.
 
     x [N, C, *spatial]; timesteps float [N]; conditions in the order of `conditions`, by the names of the UNet's
-    arguments, except: `concat` [N, C', *spatial] is concatenated to x (MONAI's `mode="concat"`); `mask` is SPADE's
-    `seg`; hints go to the ControlNets, whose residuals are multiplied by `controlnet_scale` [N, controls] and added up.
+    arguments, except: `concat` or `low_res` [N, C', *spatial] is concatenated to x (MONAI's `mode="concat"`); `tau`,
+    an upscaler's noise level, is `class_labels`; `mask` is SPADE's `seg`; hints go to the ControlNets, whose residuals are multiplied by `controlnet_scale` [N, controls] and added up.
     Hints and masks are [N, C, *image]; those in `encodings` are label maps [N, *image], int64: label l becomes the
     channels `encodings[name][l]`.
     """
@@ -59,8 +61,11 @@ class Denoiser(nn.Module):
         scales = given.pop(SCALE, None)
         if MASK in given:
             given["seg"] = given.pop(MASK)
-        if "concat" in given:
-            x = torch.cat((x, given.pop("concat")), dim=1)
+        for beside in ("concat", LOW_RES):
+            if beside in given:
+                x = torch.cat((x, given.pop(beside)), dim=1)
+        if TAU in given:
+            given["class_labels"] = given.pop(TAU)
         residuals: list[Tensor] = []
         for index, (control, hint) in enumerate(zip(self.controls, hints, strict=True)):
             scale = 1.0 if scales is None else scales[:, index].reshape(-1, *[1] * (x.ndim - 1))

@@ -8,9 +8,10 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from .low_res import enlargement
 from .mask import read_on_grid
 from .request import MOST_WEIGHTS
-from .spec import ArtifactSpec, Manifest
+from .spec import LOW_RES, ArtifactSpec, Manifest
 from .volume import Volume
 
 
@@ -102,7 +103,11 @@ def _numbers(spec: Manifest | None, name: str, text: str) -> float | NDArray[np.
 
 
 def _read_nifti(spec: Manifest | None, name: str, path: str) -> Volume:
-    volume = read_on_grid(path, spec if isinstance(spec, ArtifactSpec) else None)
+    diffusion = spec if isinstance(spec, ArtifactSpec) else None
+    if diffusion is not None and diffusion.low_res is not None and name == LOW_RES:
+        volume = read_on_grid(path, diffusion, enlargement(diffusion))
+    else:
+        volume = read_on_grid(path, diffusion)
     shape = next((one.shape for one in (() if spec is None else spec.conditions) if one.name == name), ())
     if len(shape) == volume.array.ndim + 1 and shape[0] == 1:
         return Volume(volume.array[None], volume.affine, volume.spacing_mm)

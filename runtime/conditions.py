@@ -51,6 +51,9 @@ def resolve(spec: Manifest, given: Mapping[str, Any] | None, sizes: Mapping[str,
             values[condition.name] = _whole(spec, condition, rest[condition.name], known)
         elif condition.fields:
             numbers = list(_numbers(condition, fields).values())
+            for field, number in zip(condition.fields, numbers, strict=True):
+                if condition.dtype == "int64" and number != round(number):
+                    raise ValueError(f"[condition] {field.name}={number:g}: need a whole number")
             values[condition.name] = np.array(numbers, condition.dtype).reshape(condition.shape)  # type: ignore[arg-type]
         else:
             what = "label map" if condition.is_mask else "array"

@@ -13,10 +13,11 @@ from volcast import _core
 
 from . import conditions
 from .inpaint import Known
+from .low_res import low_res_size, noised_low_res, with_channels
 from .request import SAMPLES_OF_A_SEED, Request
 from .sampler import make_plan
 from .sizes import check_size, latent_sizes, whole
-from .spec import ArtifactSpec
+from .spec import ArtifactSpec, LowResSpec
 
 Array = NDArray[np.generic]
 
@@ -31,6 +32,7 @@ class Job:
     conditional: the conditions by name, without a batch axis, of each sample, or one for all.
     unconditional: the same for guidance's other branch; None without guidance.
     weights: of a guidance sweep, else empty. With k of them volume v of the job is sample v // k at weight v % k.
+    low_res: an upscaler's; the low-resolution images of `conditional` and `unconditional` have no noise yet.
     known: what stays of an image, where the plan inpaints; else None.
     """
 
@@ -42,11 +44,12 @@ class Job:
     unconditional: Sequence[Mapping[str, Array]] | None
     weights: tuple[float, ...] = ()
     known: Known | None = None
+    low_res: LowResSpec | None = None
 
     @property
     def alike(self) -> bool:
         """Whether every volume has the same conditions."""
-        return len(self.conditional) == 1
+        return len(self.conditional) == 1 and self.low_res is None
 
     def samples(self, part: range) -> NDArray[np.uint64]:
         """The number of the sample that each volume of `part` is of: what its noise is drawn by."""
@@ -68,7 +71,11 @@ class Job:
         return None if self.unconditional is None else self._stacked(self.unconditional, part)
 
     def _stacked(self, values: Sequence[Mapping[str, Array]], part: range) -> dict[str, Array]:
-        return stack(values, [int(i) for i in self.samples(part)])
+        samples = self.samples(part)
+        stacked = stack(values, [int(i) for i in samples])
+        if self.low_res is None:
+            return stacked
+        return noised_low_res(self.low_res, stacked, self.request.seed, samples)
 
 
 def make_job(
@@ -93,6 +100,13 @@ def make_job(
         raise ValueError(f"[sample] n={count!r}: need 1..{SAMPLES_OF_A_SEED}")
     if not isinstance(batch, int) or batch < 1:
         raise ValueError(f"[sample] batch={batch!r}: need 1 or more")
+    if spec.low_res is not None:
+        negative = with_channels(spec, negative)
+        if isinstance(condition, Sequence):
+            condition = [with_channels(spec, each) for each in condition]
+        else:
+            condition = with_channels(spec, condition)
+        size = low_res_size(spec, condition) if size is None else size
     spatial, sizes = latent_sizes(spec, size)
     if isinstance(condition, Sequence):
         if len(condition) != count:
@@ -125,6 +139,7 @@ def make_job(
         conditional=[each.values for each in resolved],
         unconditional=unconditional,
         weights=weights,
+        low_res=spec.low_res,
     )
 
 

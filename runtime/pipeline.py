@@ -25,6 +25,7 @@ from .image_start import check_image, encode_one, painted
 from .inpaint import Inpaint
 from .inversion import Anomaly, Inversion, find_anomaly
 from .job import Job, make_job
+from .low_res import refined
 from .memory_limit import job_sizes
 from .programs import Programs
 from .request import OnStep, Settings, make_request, split_sweep
@@ -315,7 +316,7 @@ class Model:
         job = make_job(self.spec, request, n, batch, condition, size, negative, weights)
         if inpaint is not None and x0 is not None:
             job, x0 = painted(job, inpaint, image, x0)
-        return job, x0, _frame(image, condition)
+        return job, x0, _frame(self.spec, image, condition)
 
     def _every(self, preview_every: int) -> int:
         every = whole(preview_every)
@@ -341,11 +342,13 @@ class Model:
                 yield Volume(array, affine, spacing, report)
 
 
-def _frame(image: Any, condition: Condition | Sequence[Condition] | None) -> Frame | None:
+def _frame(spec: ArtifactSpec, image: Any, condition: Condition | Sequence[Condition] | None) -> Frame | None:
     """Where the samples lie: where the image does, or else a condition that is a Volume (a label map)."""
     each = condition if isinstance(condition, Sequence) else [condition or {}]
-    given = [image] if image is not None else [value for one in each for value in one.values()]
-    frames = [(one.affine, one.spacing_mm) for one in given if isinstance(one, Volume)]
+    given = [("", image)] if image is not None else [item for one in each for item in one.items()]
+    volumes = [(name, value) for name, value in given if isinstance(value, Volume)]
+    finer = [refined(spec, one) if spec.low_res and name == LOW_RES else one for name, one in volumes]
+    frames = [(one.affine, one.spacing_mm) for one in finer]
     if any((affine != frames[0][0]).any() for affine, _ in frames):
         raise ValueError("[sample] the conditions lie in different places (affine): sample them one by one")
     return frames[0] if frames else None

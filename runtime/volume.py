@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -115,6 +116,17 @@ def check_nifti_path(path: str | os.PathLike[str]) -> Path:
     if not name.endswith((".nii", ".nii.gz")) or name.startswith(".nii"):
         raise ValueError(f"[volume] output {os.fspath(path)!r}: need a name that ends in .nii or .nii.gz")
     return Path(path)
+
+
+def refined_affine(affine: NDArray[np.float64], factors: Sequence[int]) -> NDArray[np.float64]:
+    """The affine of a grid with so many times as many voxels along each axis over the same field of view."""
+    shrink = 1 / np.array([*factors, 1][:3])
+    finer = affine.copy()
+    finer[:3, :3] = affine[:3, :3] * shrink
+    finer[:3, 3] += affine[:3, :3] @ (
+        (shrink - 1) / 2
+    )  # the first voxel's centre, half a coarse one from its edge
+    return finer
 
 
 def centred_affine(shape: tuple[int, ...], spacing_mm: tuple[float, ...]) -> NDArray[np.float64]:
