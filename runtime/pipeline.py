@@ -31,7 +31,7 @@ from .programs import Programs
 from .request import OnStep, Settings, make_request, split_sweep
 from .sampling import Images, Watch
 from .sizes import parse_bytes, whole
-from .spec import ArtifactSpec
+from .spec import LOW_RES, ArtifactSpec
 from .volume import Volume, centred_affine
 
 Condition = Mapping[str, Any]
