@@ -7,16 +7,18 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from tqdm import tqdm
 
 from volcast.runtime.engine_name import EngineName
-from volcast.runtime.spec import Manifest, Precision
+from volcast.runtime.spec import ArtifactSpec, Manifest, Precision
 
 if TYPE_CHECKING:
     from .verification import Verification
+
+Scheduler = Literal["ddim", "ddpm", "pndm", "dpm-solver++", "rflow"]
 
 BundlePath = Annotated[Path, typer.Argument(help="A MONAI bundle folder, or a config file.")]
 Config = Annotated[Path | None, typer.Option(help="Config file, if not configs/inference.json|yaml.")]
@@ -139,6 +141,10 @@ def verify(
     ] = None,
     engine: Annotated[EngineName, typer.Option(help="What runs the artifact.")] = "auto",
     steps: Annotated[int | None, typer.Option(help="Denoising steps; left out: the bundle's.")] = None,
+    scheduler: Annotated[
+        Scheduler | None, typer.Option(help="With --samples. Left out: the model's.")
+    ] = None,
+    reuse: Annotated[int, typer.Option(help="With --samples: as in `volcast sample`.")] = 1,
     seed: Annotated[int, typer.Option(help="Both samplers start from its noise.")] = 0,
     condition: Annotated[
         list[str], typer.Option("--condition", "-c", help="As in `volcast sample`; repeatable.")
@@ -147,7 +153,21 @@ def verify(
     against: Annotated[
         Path | None, typer.Option(help="A float32 artifact in MONAI's place: what int8, fp16 or bf16 costs.")
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="With --against: seeds compared; left out: 8.")] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            help="Seeds compared with --against, or with the artifact's own steps; left out: 8 with --against."
+        ),
+    ] = None,
+    reference_steps: Annotated[
+        int | None, typer.Option(help="Left out: --steps with --against, else the model's own.")
+    ] = None,
+    reference_scheduler: Annotated[
+        Scheduler | None, typer.Option(help="Left out: --scheduler with --against, else the model's own.")
+    ] = None,
+    real: Annotated[
+        Path | None, typer.Option(help="With --samples: folder of real images to compare with, too.")
+    ] = None,
     config: Config = None,
     weights: Weights = [],  # noqa: B006
     settings: Settings = [],  # noqa: B006
@@ -156,7 +176,8 @@ def verify(
 ) -> None:
     """Compare an artifact with MONAI running its bundle: each network and the whole volume. Exit 1 past a budget.
 
-    With --against: with a float32 artifact at the same seeds, by MS-SSIM, PSNR and a Fréchet distance.
+    With --against or --samples: many volumes with a float32 artifact's at the same seeds, or with its own of more steps,
+    by MS-SSIM, PSNR, a Fréchet distance and diversity, within the manifest's budget of quality.
     """
     from volcast.runtime.artifact import read_manifest
     from volcast.runtime.condition_text import parse_conditions
@@ -169,7 +190,11 @@ def verify(
     given = parse_conditions(spec, condition)
     if isinstance(spec, GeneratorSpec):
         unused = {"--against": against, "--steps": steps, "--guidance": guidance, "--controlnet": controlnets}
-        _leave_out("verify", f"{spec.name} makes an image in one pass", unused | {"--samples": samples})
+        _leave_out(
+            "verify",
+            f"{spec.name} makes an image in one pass",
+            unused | {"--samples": samples, "--real": real},
+        )
         if bundle is None:
             raise ValueError(f"[verify] BUNDLE: give the bundle that {spec.name} was exported from")
         from .generator_verify import verify_generator
@@ -178,40 +203,59 @@ def verify(
         _finish(verify_generator(folder, network, engine=engine, seed=seed, condition=given), as_json)
         return
     if isinstance(spec, TokenSpec):
-        if against is not None or steps is not None or guidance is not None or controlnets:
+        if any(one is not None for one in (against, steps, guidance, samples, real)) or controlnets:
             raise ValueError(
-                f"[verify] {spec.name} samples tokens: leave --against, --steps, --guidance and --controlnet out"
+                f"[verify] {spec.name} samples tokens: leave --against, --samples, --real, --steps, --guidance and "
+                "--controlnet out"
             )
         from .transformer_verify import verify_tokens
 
         tokens = _read_tokens(BUNDLE if bundle is None else bundle, config, weights, settings)
         _finish(verify_tokens(folder, tokens, engine=engine, seed=seed, condition=given), as_json)
         return
-    if against is None and samples is not None:
-        raise ValueError("[verify] --samples is for --against: with MONAI one volume is compared")
-    if against is not None and (
-        bundle is not None or config is not None or weights or settings or controlnets
-    ):
+    gate = against is not None or samples is not None
+    if gate and (bundle is not None or config is not None or weights or settings or controlnets):
         raise ValueError(
-            "[verify] --against compares two artifacts: leave the bundle, --config, --weights, --set and --controlnet out"
+            "[verify] --against and --samples compare artifacts: leave the bundle, --config, --weights, --set and "
+            "--controlnet out"
         )
+    fast: dict[str, Any] = {
+        "--scheduler": scheduler, "--reuse": None if reuse == 1 else reuse, "--reference-steps": reference_steps,
+        "--reference-scheduler": reference_scheduler, "--real": real,
+    }  # fmt: skip
+    if not gate:
+        _leave_out("verify", "with MONAI one volume is compared, without --samples", fast)
     with tqdm(desc="verify", unit="call", file=sys.stderr, disable=None, leave=False) as bar:
 
         def on_step(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        common: dict[str, Any] = {"engine": engine, "steps": steps, "seed": seed, "condition": given}
+        common: dict[str, Any] = {"engine": engine, "seed": seed, "condition": given}
         common |= {"guidance": guidance, "on_step": on_step}
-        if against is None:
+        if not gate:
             from .verify import verify as compare
 
             read = _read(BUNDLE if bundle is None else bundle, config, weights, settings, controlnets)
-            found = compare(folder, read, **common)
+            found = compare(folder, read, steps=steps, **common)
         else:
-            from .fidelity import SAMPLES, fidelity
+            from .evaluation_images import read_images
+            from .fidelity import SAMPLES, SamplerChoice, fidelity
 
-            found = fidelity(folder, against, samples=SAMPLES if samples is None else samples, **common)
+            assert isinstance(spec, ArtifactSpec)
+            choice = SamplerChoice(steps=steps, scheduler=scheduler, reuse=reuse)
+            slow = SamplerChoice(steps=reference_steps, scheduler=reference_scheduler)
+            if against is None and choice.resolved(spec) == slow.resolved(spec):
+                raise ValueError(
+                    "[verify] --samples without --against: nothing differs; give --steps, --scheduler or --reuse, or "
+                    "--against a float32 artifact"
+                )
+            if against is not None:
+                slow = slow.filled(choice)
+            found = fidelity(
+                folder, folder if against is None else against, samples=SAMPLES if samples is None else samples,
+                sampler=choice, reference_sampler=slow, real=None if real is None else read_images(real), **common,
+            )  # fmt: skip
     _finish(found, as_json)
 
 
