@@ -17,6 +17,7 @@ from volcast.export.bundle_low_res import LowRes, plan_low_res
 from volcast.export.bundle_masks import plan_masks, read_labels
 from volcast.export.bundle_networks import NetworkPlan
 from volcast.export.bundle_plan import BundlePlan, plan_bundle
+from volcast.export.concat_order import put_latent_first
 from volcast.export.networks import Control
 from volcast.export.weights import LargeFiles, digest, entry, read_checkpoint, scalar, state_dict
 from volcast.export.weights_keys import is_generative, load_weights

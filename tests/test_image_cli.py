@@ -1,8 +1,7 @@
-"""`volcast sample --image --inpaint` and `-c concat=@image.nii.gz`: what Python does, from files; 2D slices; refusals."""
+"""`volcast sample --image --inpaint`: what Python does, from files; refusals."""
 
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import pytest
 
@@ -48,23 +47,6 @@ def test_inpainting_from_files(gaussian: Path, scan: Path, mask: Path, tmp_path:
     pasted = read_nifti(tmp_path / "b.nii.gz")
     np.testing.assert_array_equal(pasted.array[stays], read_nifti(scan).array[stays])
     assert (wanted.array[stays] != read_nifti(scan).array[stays]).any()
-
-
-def test_a_slice(zoo_artifact, tmp_path: Path) -> None:
-    """A NIfTI file of one slice is an image of a 2D model: it is started from, and painted."""
-    artifact = zoo_artifact("mednist_ddpm")
-    size = volcast.load(artifact, "onnxruntime").spec.latent_shape[1:]
-    image = write(tmp_path / "image.nii.gz", rng.random((*size, 1)), (1.0, 1.0, 1.0))
-    hidden = np.zeros((*size, 1))
-    hidden[:4] = 1
-    mask = write(tmp_path / "mask.nii.gz", hidden, (1.0, 1.0, 1.0))
-    assert (
-        sample(artifact, tmp_path / "out.nii.gz", "--image", image, "--inpaint", mask, "--resamples", 1) == 0
-    )
-    found = np.asarray(nibabel.load(tmp_path / "out.nii.gz").dataobj)
-    assert found.shape == (*size, 1)
-    np.testing.assert_array_equal(found[4:], read_nifti(image).array[4:])
-    assert sample(artifact, tmp_path / "near.nii.gz", "--image", image, "--strength", 0.25) == 0
 
 
 def test_refusals(gaussian: Path, scan: Path, mask: Path, tmp_path: Path, capsys) -> None:
