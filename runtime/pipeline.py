@@ -29,6 +29,7 @@ from .low_res import refined
 from .memory_limit import job_sizes
 from .programs import Programs
 from .request import OnStep, Settings, make_request, split_sweep
+from .reuse import check_reuse, refuse_reuse
 from .sampling import Images, Watch
 from .sizes import parse_bytes, whole
 from .spec import LOW_RES, ArtifactSpec
@@ -203,6 +204,9 @@ class Model:
         job, x0, frame = self._job(
             self.encode, seed, n, batch, condition, negative, size, image, inpaint, settings, weights
         )
+        check_reuse(
+            self.spec, job, self.engine.name, able=self._sampler.reuses, limited=self._memory is not None
+        )
         every = self._every(preview_every) if on_preview is not None else 0
         watch = Watch(on_step=on_step, on_preview=on_preview, preview_every=every)
         if self._memory is not None:
@@ -248,6 +252,7 @@ class Model:
         job, x0, frame = self._job(
             batching.encode, seed, number + 1, 1, condition, negative, size, image, inpaint, settings
         )
+        refuse_reuse(job.request, "sample", "submit mixes steps of many samples; call sample")
         every = self._every(preview_every) if on_preview is not None else 0
         return batching.submit(
             job, number, turns=turns, x0=x0, frame=frame, on_step=on_step, on_preview=on_preview, preview_every=every

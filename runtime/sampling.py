@@ -22,6 +22,7 @@ from .memory import PeakMemory
 from .memory_limit import job_sizes
 from .programs import Programs
 from .report import Report, Stopwatch
+from .reuse import ReusingDenoiser
 from .sampler import noised
 from .spec import ArtifactSpec
 
@@ -62,6 +63,9 @@ class Sampler(ABC):
     mixes_weights = False
     """Whether the volumes of one batch may have guidance weights of their own."""
 
+    reuses = False
+    """Whether it runs requests that reuse features."""
+
     @abstractmethod
     def run(
         self, job: Job, parts: Sequence[range], x0: NDArray[np.float32] | None, watch: Watch
@@ -91,6 +95,7 @@ class Start:
     guidance: float | tuple[float, ...] | None
     """One weight for all, or one each."""
     known: Known | None = None
+    reuse: int = 1
 
 
 class Loop(ABC):
@@ -112,12 +117,9 @@ class HostLoop(Loop):
         self._programs = programs
 
     def run(self, start: Start, after: Callable[[int, int], None], shows: bool) -> float:
-        shapes = {name: value.shape for name, value in start.branches[_core.Branch.CONDITIONAL].items()}
-        row = (len(start.x), *start.rows.shape[1:])
-        step = self._programs.open("step", {"x": start.x.shape, "row": row, **shapes})
         known = start.known
         # Two calls a step with guidance: a doubled batch would open every program at another shape.
-        denoiser = Denoiser(step, start.rows, start.branches)
+        denoiser = self._denoiser(start)
         guidance = start.guidance
         network, weight = (
             (SweptDenoiser(denoiser, guidance), None) if isinstance(guidance, tuple) else (denoiser, guidance)
@@ -126,6 +128,14 @@ class HostLoop(Loop):
             start.plan, start.x, network, start.seeds, start.samples, guidance=weight, on_step=after,
             known=None if known is None else known.x0, keep=None if known is None else known.keep,
         ).network_s  # fmt: skip
+
+    def _denoiser(self, start: Start) -> Denoiser | ReusingDenoiser:
+        if start.reuse > 1:
+            return ReusingDenoiser(self._programs, start.x, start.rows, start.branches, start.reuse)
+        shapes = {name: value.shape for name, value in start.branches[_core.Branch.CONDITIONAL].items()}
+        row = (len(start.x), *start.rows.shape[1:])
+        step = self._programs.open("step", {"x": start.x.shape, "row": row, **shapes})
+        return Denoiser(step, start.rows, start.branches)
 
 
 @final
@@ -144,7 +154,7 @@ class HostSampler(Sampler):
         self._engine = engine
         self._programs = programs
         self._loop = HostLoop(programs) if loop is None else loop
-        self.mixes_weights = loop is None
+        self.mixes_weights = self.reuses = loop is None
         self._ledger = ledger
 
     def run(
@@ -192,7 +202,7 @@ class HostSampler(Sampler):
 
         start = Start(
             plan=job.plan, x=x, rows=rows, branches=branches, seeds=seeds, samples=samples,
-            guidance=job.guidance(part), known=job.known,
+            guidance=job.guidance(part), known=job.known, reuse=job.request.reuse,
         )  # fmt: skip
         network_seconds = self._loop.run(start, after, shows)
         loop_seconds = time.lap()
