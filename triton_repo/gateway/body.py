@@ -17,17 +17,20 @@ from pydantic import BaseModel, ValidationError
 from volcast.runtime.interface import Array, as_bytes, inputs, read_request
 from volcast.runtime.job import Job, make_job
 from volcast.runtime.request import make_request
-from volcast.runtime.sizes import latent_sizes
 from volcast.runtime.spec import ArtifactSpec
+from volcast.runtime.volume import Volume
 
+from .files import Files
 from .refusal import Refusal
 from .settings import Limits
+from .shapes import image_latent, takes_file, takes_image, volume_shape
 
 DEPTH, DIGITS = 8, 64
 """Of brackets inside brackets: the body, `condition` and an array of five axes are seven. Of a number's letters."""
 # The closing quote is optional, so that the search takes one pass also over what is no JSON.
 _TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 _LONG = re.compile(rb"[0-9eE.+-]{%d}" % (DIGITS + 1))
+_FILE = re.compile(rb'"[A-Za-z0-9+/=\\]{4096,}"')
 _DECIMAL = re.compile(r"[0-9]{1,20}")
 
 
@@ -41,6 +44,7 @@ class Order:
         seed, samples: as in `Model.sample_many`.
         steps: calls of the network.
         shape: the spatial shape of each volume.
+        place: the image or label map that the volumes lie where, or None; the server answers with bare numbers then.
     """
 
     tensors: Mapping[str, Array]
@@ -48,6 +52,12 @@ class Order:
     samples: int
     steps: int
     shape: tuple[int, ...]
+    place: Volume | None
+
+    @property
+    def bytes(self) -> int:
+        """What it holds."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 @final
@@ -57,9 +67,22 @@ class BodyReader:
     def __init__(self, spec: ArtifactSpec, schema: type[BaseModel], limits: Limits) -> None:
         self._spec, self._schema, self._limits = spec, schema, limits
         self._inputs = {tensor.name: tensor for tensor in inputs(spec)}
+        self._files = Files(spec, limits.voxels)
+
+    @property
+    def most_bytes(self) -> int:
+        """Of a body."""
+        spec, limits = self._spec, self._limits
+        files = takes_image(spec) or any(takes_file(spec, one) for one in spec.conditions)
+        return max(limits.file_bytes, limits.body_bytes) if files else limits.body_bytes
 
     def read(self, content: bytes) -> Order:
         """Raises `Refusal`: anything that the server would refuse, in volcast's words, or that is beyond a limit."""
+        rest, most = len(content), self._limits.body_bytes
+        if rest > most:  # values take many times the memory of their text, files do not
+            rest -= sum(found.end() - found.start() for found in _FILE.finditer(content))
+        if rest > most:
+            raise Refusal("too_large", f"[request] the body without its files: need {most} bytes or fewer")
         try:
             return self._order(self._typed(parse_json(content)))
         except ValueError as error:
@@ -80,18 +103,42 @@ class BodyReader:
             raise ValueError(f"[request] {name}={reprlib.repr(given[name])}: need {need}") from error
 
     def _order(self, body: dict[str, Any]) -> Order:
-        condition = body.pop("condition", {})
+        condition = self._files.conditions(body.pop("condition", {}))
+        image = self._files.image(body.pop("image", None))
+        place = self._files.place(image, condition)
         seed = self._seed(body.pop("seed", None))
         tensors = {name: self._tensor(name, value) for name, value in body.items()}
-        tensors |= {"seed": np.array([seed], np.uint64), "output_format": as_bytes("nifti")}
+        form = "nifti" if place is None else "float32"
+        tensors |= {"seed": np.array([seed], np.uint64), "output_format": as_bytes(form)}
         asked = read_request(self._spec, tensors)
-        shape = volume_shape(self._spec, asked.size)
-        self._check_bytes(shape, asked.samples)
         request = make_request(self._spec, seed, asked.settings)
-        job = make_job(self._spec, request, asked.samples, 1, condition, asked.size)
+        size = self._size(image, asked.size, request.strength)
+        shape = volume_shape(self._spec, size)
+        self._check_bytes(shape, asked.samples)
+        job = make_job(self._spec, request, asked.samples, 1, condition, size)
         self._check_previews(job, asked.preview_every, asked.samples)
         tensors |= self._conditions(condition)
-        return Order(tensors=tensors, seed=seed, samples=asked.samples, steps=len(job.plan), shape=shape)
+        if image is not None:
+            tensors["image"] = image.array
+        return Order(
+            tensors=tensors, seed=seed, samples=asked.samples, steps=len(job.plan), shape=shape, place=place
+        )
+
+    def _size(
+        self, image: Volume | None, given: tuple[int, ...] | None, strength: float
+    ) -> tuple[int, ...] | None:
+        if image is None:
+            if strength != 1:
+                raise ValueError(
+                    f"[request] strength={strength:g} without an image: give one, or leave it out"
+                )
+            return given
+        found = image_latent(self._spec, image.array.shape)
+        if given is not None and given != found:
+            raise ValueError(
+                f"[request] size={list(given)}: the image's latent is {list(found)}; leave size out"
+            )
+        return found
 
     def _seed(self, given: int | str | None) -> int:
         if given is None:
@@ -152,15 +199,6 @@ def parse_json(content: bytes) -> Any:
         raise ValueError("[request] the body is not UTF-8") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"[request] the body is no JSON: {error}") from error
-
-
-def volume_shape(spec: ArtifactSpec, size: Sequence[int] | None) -> tuple[int, ...]:
-    """The spatial shape of the volume that comes of a latent of these spatial sizes; ValueError: as `latent_sizes`."""
-    spatial, sizes = latent_sizes(spec, size, "request")
-    if "decode" not in spec.programs:
-        return spatial
-    shape = spec.programs["decode"].outputs[0].shape[2:]
-    return tuple(one if isinstance(one, int) else sizes[one] for one in shape)
 
 
 def _channels(spec: ArtifactSpec) -> int:

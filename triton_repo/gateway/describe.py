@@ -10,9 +10,9 @@ import volcast
 from volcast.runtime.interface import MOST_SAMPLES
 from volcast.runtime.spec import ArtifactSpec, ConditionSpec
 
-from .body import volume_shape
 from .refusal import STATUS
 from .settings import Limits
+from .shapes import takes_file, takes_image, volume_shape
 
 _DIFFUSION = ["ddim", "ddpm", "pndm", "dpm-solver++"]
 
@@ -28,12 +28,14 @@ def model_entry(spec: ArtifactSpec, name: str, limits: Limits) -> dict[str, Any]
         "default": {"steps": spec.scheduler.steps, "scheduler": spec.scheduler.scheduler, "size": list(spatial)},
         "schedulers": ["rflow"] if spec.scheduler.prediction_type == "flow" else _DIFFUSION,
         "volume": {"shape": list(volume_shape(spec, None)), "spacing_mm": list(spec.spacing_mm)},
-        "conditions": [_condition(one) for one in spec.conditions],
+        "conditions": [_condition(spec, one) for one in spec.conditions],
+        "image": takes_image(spec),
         "guidance": any(one.unconditional is not None for one in spec.conditions),
         "limits": {
             "steps": [1, spec.scheduler.noise_schedule.num_train_timesteps], "num_samples": [1, MOST_SAMPLES],
             "guidance": [0, 100], "priority": [-8, 8], "size": sizes, "previews": limits.previews,
             "voxels": limits.voxels, "body_bytes": limits.body_bytes,
+            "file_bytes": limits.file_bytes,
         },
     }  # fmt: skip
 
@@ -45,7 +47,7 @@ def _bounds(spec: ArtifactSpec, size: int | str) -> dict[str, int]:
     return {"minimum": axis.minimum, "maximum": axis.maximum, "multiple": axis.multiple}
 
 
-def _condition(condition: ConditionSpec) -> dict[str, Any]:
+def _condition(spec: ArtifactSpec, condition: ConditionSpec) -> dict[str, Any]:
     fields = [
         {
             "name": one.name, "low": one.minimum, "high": one.maximum, "description": one.description,
@@ -57,6 +59,7 @@ def _condition(condition: ConditionSpec) -> dict[str, Any]:
     return {
         "name": condition.name, "description": condition.description, "dtype": condition.dtype,
         "shape": list(condition.shape), "fields": fields, "required": not fields,
+        "file": takes_file(spec, condition), "labels": list(condition.labels),
     }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import asyncio
 import gzip
 import io
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any, final
@@ -16,7 +16,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from volcast.runtime.answers import pack_volume, unpack_volume
 from volcast.runtime.interface import Array, text_of
+from volcast.runtime.volume import Volume
 
 from .body import BodyReader, Order
 from .drain import Drain
@@ -24,7 +26,7 @@ from .events import EventStream, event, unless_gone
 from .health import Readiness
 from .log import LOGGER
 from .metrics import Metrics
-from .quota import Quotas
+from .quota import Budget, Quotas
 from .refusal import INTERNAL, Refusal
 from .settings import Limits, Timing
 from .store import VolumeStore
@@ -41,7 +43,7 @@ class Generate:
     ) -> None:  # fmt: skip
         self._model, self._reader, self._upstream, self._store = model, reader, upstream, store
         self._quotas, self._drain, self._metrics, self._readiness = quotas, drain, metrics, readiness
-        self._limits, self._timing = limits, timing
+        self._limits, self._timing, self._budget = limits, timing, Budget(limits.held_bytes)
         # Two threads, so that a body of megabytes neither stops the loop nor everybody else's, and memory stays bounded.
         self._parser = ThreadPoolExecutor(2, "volcast reads")
 
@@ -52,10 +54,10 @@ class Generate:
         request = Request(scope, receive)
         if request.path_params["model"] != self._model:
             raise Refusal("not_found", f"[gateway] no such model; there is {self._model}")
-        with self._drain.request(), self._quotas.one(request.state.caller):
+        with self._drain.request(), self._quotas.one(request.state.caller), self._budget.request() as hold:
             streams = _streams(request)
-            content = await self._body(request)
-            order = await asyncio.get_running_loop().run_in_executor(self._parser, self._reader.read, content)
+            order = await self._order(request, hold)
+            hold(order.bytes)
             scope["state"]["log"] |= {"seed": str(order.seed), "samples": order.samples, "steps": order.steps}
             try:
                 if streams:
@@ -70,8 +72,12 @@ class Generate:
                 raise
             self._metrics.generations.labels(outcome=scope["state"]["log"].get("code", "done")).inc()
 
-    async def _body(self, request: Request) -> bytes:
-        most, headers = self._limits.body_bytes, request.headers
+    async def _order(self, request: Request, hold: Callable[[int], None]) -> Order:
+        content = await self._body(request, hold)
+        return await asyncio.get_running_loop().run_in_executor(self._parser, self._reader.read, content)
+
+    async def _body(self, request: Request, hold: Callable[[int], None]) -> bytes:
+        most, headers = self._reader.most_bytes, request.headers
         too_large = Refusal("too_large", f"[request] the body: need {most} bytes or fewer")
         if headers.get("content-encoding", "identity") != "identity":
             raise Refusal("invalid", "[request] Content-Encoding: send the body as it is")
@@ -79,16 +85,20 @@ class Generate:
         if not length.isdecimal() or int(length[:20]) > most:
             raise too_large
         parts, size = [], 0
+        each_s, each, clock = self._timing.body_s, self._limits.body_bytes, asyncio.get_running_loop().time
         try:
-            async with asyncio.timeout(self._timing.body_s):
+            async with asyncio.timeout(each_s) as patience:
                 async for part in request.stream():
+                    if (size + len(part)) // each > size // each:
+                        patience.reschedule(clock() + each_s)
                     size += len(part)
                     if size > most:
                         raise too_large
+                    hold(size)
                     parts.append(part)
         except TimeoutError:
             raise Refusal(
-                "invalid", f"[request] the body did not arrive within {self._timing.body_s:g} s"
+                "invalid", f"[request] the body did not arrive within {each_s:g} s for each {each} bytes"
             ) from None
         except ClientDisconnect:
             raise Refusal("cancelled", "[gateway] the caller went away") from None
@@ -148,6 +158,10 @@ class Generate:
                     step = int(tensors["step"][0]) if "step" in tensors else 1
                     if step <= told.get((kind, sample), 0):
                         continue
+                    if order.place is not None and kind != "progress":
+                        tensors = await asyncio.get_running_loop().run_in_executor(
+                            self._parser, _placed, tensors, order.place
+                        )
                     seconds = time.perf_counter() - began
                     if not told:
                         self._metrics.first.observe(seconds)
@@ -196,6 +210,12 @@ class Generate:
 
     def _filename(self, seed: int, sample: int) -> str:
         return f"{self._model}-{seed}-{sample}.nii.gz"
+
+
+def _placed(tensors: dict[str, Array], place: Volume) -> dict[str, Array]:
+    """The answer with its volume as a file that lies where `place` does."""
+    volume = unpack_volume(tensors, place.spacing_mm)
+    return tensors | pack_volume(Volume(volume.array, place.affine, place.spacing_mm), "nifti")
 
 
 def _streams(request: Request) -> bool:

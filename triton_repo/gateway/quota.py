@@ -53,3 +53,31 @@ class Quotas:
             yield
         finally:
             known.open -= 1
+
+
+@final
+class Budget:
+    """Bytes that all requests together may hold. For one thread."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._held = most, 0
+
+    @contextmanager
+    def request(self) -> Iterator[Callable[[int], None]]:
+        """Around one request: what is called with the bytes that it holds from now on, and raises `Refusal`
+        (unavailable) where there is no room for them."""
+        mine = 0
+
+        def hold(size: int) -> None:
+            nonlocal mine
+            if self._held - mine + size > self._most:
+                raise Refusal(
+                    "unavailable", "[gateway] other requests' images fill the memory; retry in 1 s", 1.0
+                )
+            self._held += size - mine
+            mine = size
+
+        try:
+            yield hold
+        finally:
+            self._held -= mine

@@ -9,13 +9,19 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, create_
 from volcast.runtime.interface import Tensor, inputs
 from volcast.runtime.spec import ArtifactSpec, ConditionSpec
 
+from .shapes import takes_file, takes_image
+
 SETTINGS = (
     "seed", "num_samples", "steps", "scheduler", "guidance", "size", "priority", "deadline_s", "preview_every",
-    "progress_every",
+    "progress_every", "strength",
 )  # fmt: skip
-"""The inputs that callers may set, besides conditions: none that chooses files, and none that sends arrays back in JSON."""
+"""The inputs that callers may set, besides images and conditions: none that chooses files, and none that sends arrays back
+in JSON."""
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Name = Annotated[str, Field(max_length=100)]
+FILE: dict[str, Any] = {"type": "string", "contentEncoding": "base64", "contentMediaType": "application/gzip"}
+"""A `.nii.gz`; a `.nii` is taken as well."""
 
 
 def body_schema(spec: ArtifactSpec) -> type[BaseModel]:
@@ -23,14 +29,17 @@ def body_schema(spec: ArtifactSpec) -> type[BaseModel]:
     fields: dict[str, Any] = {
         tensor.name: (_type(tensor) | None, Field(None, description=tensor.text))
         for tensor in inputs(spec)
-        if tensor.name in SETTINGS
+        if tensor.name in SETTINGS and (tensor.name != "strength" or takes_image(spec))
     }
-    known = {name: schema for one in spec.conditions for name, schema in _condition(one).items()}
+    if takes_image(spec):
+        text = "an image to start from: a NIfTI file with an affine, in base64"
+        fields["image"] = (StrictStr | None, Field(None, description=text, json_schema_extra=FILE))
+    known = {name: schema for one in spec.conditions for name, schema in _condition(spec, one).items()}
     fields["condition"] = (
-        dict[str, Number | list[Any]] | None,
+        dict[Name, Number | StrictStr | list[Any]] | None,
         Field(
             None,
-            description="numbers of fields, or whole arrays as nested lists, by name",
+            description="by name of up to 100 letters: numbers of fields, whole arrays as nested lists or NIfTI files in base64",
             json_schema_extra={"properties": known, "additionalProperties": False} if known else None,
         ),
     )
@@ -49,7 +58,7 @@ def _type(tensor: Tensor) -> Any:
     return Annotated[list[one], Field(min_length=tensor.shape[0], max_length=tensor.shape[0])]
 
 
-def _condition(condition: ConditionSpec) -> dict[str, Any]:
+def _condition(spec: ArtifactSpec, condition: ConditionSpec) -> dict[str, Any]:
     """The schemas of its own name and of its fields'."""
     whole: dict[str, Any] = {"type": "number" if condition.dtype == "float32" else "integer"}
     bounds = {"minimum": condition.minimum, "maximum": condition.maximum}
@@ -57,6 +66,8 @@ def _condition(condition: ConditionSpec) -> dict[str, Any]:
     for size in reversed(condition.shape):
         whole = {"type": "array", "items": whole}
         whole |= {"minItems": 1, "maxItems": size} if isinstance(size, int) else {}
+    if takes_file(spec, condition):
+        whole = {"anyOf": [whole, FILE]}
     found = {condition.name: whole | {"description": condition.description}}
     for field in condition.fields:
         found[field.name] = {"type": "number", "minimum": field.minimum, "maximum": field.maximum, "description": field.description}  # fmt: skip

@@ -13,7 +13,9 @@ class Limits:
     """What one caller may ask for.
 
     Attributes:
-        body_bytes: of a request, before it is read.
+        body_bytes: of a request, before it is read, its files left out.
+        file_bytes: of a request with its files (images and label maps, in base64), where the model takes some.
+        held_bytes: of requests that are read, and of the images in those under way, of all callers together.
         voxels: of one volume; an artifact's own axes may allow far more than the machine can hold.
         previews: of one request, each of which is decoded like a volume.
         rate: requests a second of one key, in the long run; twice as many at once.
@@ -22,6 +24,8 @@ class Limits:
     """
 
     body_bytes: int = 8 * 2**20
+    file_bytes: int = 64 * 2**20
+    held_bytes: int = 2**30
     voxels: int = 512 * 512 * 128
     previews: int = 256
     rate: float = 10.0
@@ -41,7 +45,7 @@ class Timing:
     """Seconds.
 
     Attributes:
-        body_s: for the whole of a request's body to arrive.
+        body_s: for a request's body to arrive; as much again for each further `body_bytes` of files.
         keep_alive_s: between two signs of life on an event stream.
         stall_s: that a caller may take to read what is sent.
         patience_s: that a request waits for a server that has gone to come back.

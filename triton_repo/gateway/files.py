@@ -1,0 +1,70 @@
+"""The volumes in a request: an image to start from, conditions in files, and where the answer lies."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from typing import Any, final
+
+import numpy as np
+
+from volcast.runtime.mask import on_grid
+from volcast.runtime.spec import ArtifactSpec
+from volcast.runtime.volume import Volume
+
+from .nifti import read_upload
+from .shapes import takes_file
+
+
+@final
+class Files:
+    """Reads them for one artifact. Safe to use from any thread."""
+
+    def __init__(self, spec: ArtifactSpec, most_voxels: int) -> None:
+        self._spec, self._most_voxels = spec, most_voxels
+        self._dims = len(spec.latent_shape) - 1
+
+    def image(self, text: str | None) -> Volume | None:
+        """The image in a base64 text, as `read_nifti` reads the file. ValueError: see `read_upload`, other axes."""
+        if text is None:
+            return None
+        header, array = read_upload("image", text, self._most_voxels)
+        if array.ndim == 3 and self._dims == 2 and array.shape[2] == 1:
+            array = array[..., 0]
+        if array.ndim != self._dims:
+            raise ValueError(f"[request] image has shape {array.shape}: need {self._dims} axes")
+        spacing = tuple(float(size) for size in header.get_zooms()[: self._dims])
+        return Volume(np.ascontiguousarray(array), np.asarray(header.get_best_affine(), np.float64), spacing)
+
+    def conditions(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """`given` with the files among its values read, each on the model's grid (`runtime.mask`)."""
+        return {
+            name: self._condition(name, value) if isinstance(value, str) else value
+            for name, value in given.items()
+        }
+
+    def place(self, image: Volume | None, conditions: Mapping[str, Any]) -> Volume | None:
+        """Where the volumes lie, as `Model.sample` says: where the image does, or else the conditions that are files."""
+        volumes = (
+            [one for one in conditions.values() if isinstance(one, Volume)] if image is None else [image]
+        )
+        if any((one.affine != volumes[0].affine).any() for one in volumes):
+            raise ValueError(
+                "[request] condition: the files lie in different places (affine); write them with one affine"
+            )
+        return volumes[0] if volumes else None
+
+    def _condition(self, name: str, text: str) -> Volume:
+        spec = next((one for one in self._spec.conditions if one.name == name), None)
+        if spec is None or not takes_file(self._spec, spec):
+            known = ", ".join(one.name for one in self._spec.conditions if takes_file(self._spec, one))
+            raise ValueError(
+                f"[request] condition {reprlib.repr(name)} takes no file; those that do: {known or 'none'}"
+            )
+        header, array = read_upload(name, text, self._most_voxels)
+        if self._dims == 3 and array.ndim == 2:
+            raise ValueError(f"[request] {name} has shape {array.shape}: need 3 axes")
+        volume = on_grid(f"[request] {name}", header, array, self._spec)
+        if len(spec.shape) == volume.array.ndim + 1:
+            return Volume(volume.array[None], volume.affine, volume.spacing_mm)
+        return volume

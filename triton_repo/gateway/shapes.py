@@ -1,0 +1,47 @@
+"""The shapes of an artifact's volumes, and what of a request may be a volume in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from volcast.runtime.sizes import check_size, latent_sizes
+from volcast.runtime.spec import ArtifactSpec, ConditionSpec
+
+
+def volume_shape(spec: ArtifactSpec, size: Sequence[int] | None) -> tuple[int, ...]:
+    """The spatial shape of the volume that comes of a latent of these spatial sizes; ValueError: as `latent_sizes`."""
+    spatial, sizes = latent_sizes(spec, size, "request")
+    if "decode" not in spec.programs:
+        return spatial
+    shape = spec.programs["decode"].outputs[0].shape[2:]
+    return tuple(one if isinstance(one, int) else sizes[one] for one in shape)
+
+
+def image_latent(spec: ArtifactSpec, shape: Sequence[int]) -> tuple[int, ...]:
+    """The spatial sizes of the latent of an image of this spatial `shape`. ValueError: `encode` does not take it."""
+    wanted = spec.programs["encode"].inputs[0].shape[2:]
+    if len(wanted) != len(shape):
+        raise ValueError(f"[request] image has shape {tuple(shape)}: need {len(wanted)} axes")
+    for axis, size in zip(wanted, shape, strict=True):
+        if isinstance(axis, str):
+            check_size("request image", spec.axis(axis), size)
+    own, latent = volume_shape(spec, None), spec.latent_shape[1:]
+    # Axes of one image are multiples of the same blocks: as many voxels a latent voxel as in the artifact's own volume.
+    found = tuple(size * one // whole for size, one, whole in zip(shape, latent, own, strict=True))
+    if volume_shape(spec, found) != tuple(shape):
+        raise ValueError(
+            f"[request] image has shape {tuple(shape)}: need one as {own}; crop, pad or resample it"
+        )
+    return found
+
+
+def takes_image(spec: ArtifactSpec) -> bool:
+    """Whether a request may start from an image, which has one channel."""
+    return "encode" in spec.programs and spec.programs["encode"].inputs[0].shape[1] == 1
+
+
+def takes_file(spec: ArtifactSpec, condition: ConditionSpec) -> bool:
+    """Whether the condition is a volume of one channel: a label map, or an image."""
+    dims = len(spec.latent_shape) - 1
+    shape = condition.shape[1:] if condition.shape[:1] == (1,) else condition.shape
+    return not condition.fields and len(shape) == dims and all(isinstance(size, str) for size in shape)
