@@ -72,6 +72,12 @@ def sample(
             help="NIfTI label map, or NAME=FILE; without ARTIFACT: the bundled model with its ControlNet."
         ),
     ] = None,
+    then: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="FOLDER of an upscaler for the samples, or FOLDER,steps=20,noise_level=10; repeatable, in turn."
+        ),
+    ] = None,
     size: Annotated[str | None, typer.Option(help="Latent sizes, as 8,12,8.")] = None,
     image: Annotated[Path | None, typer.Option(help="NIfTI file to start from (image to image).")] = None,
     strength: Annotated[float, typer.Option(help="With --image: how far it is noised, up to 1.")] = 1.0,
@@ -108,6 +114,7 @@ def sample(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")] = False,
 ) -> None:
     """Sample volumes and write them as NIfTI."""
+    from .chain import Chain, parse_stage
     from .condition_text import mask_texts, parse_conditions, parse_weights
     from .default_artifact import default_artifact
     from .ensemble import Ensemble
@@ -131,7 +138,8 @@ def sample(
     latent = parse_sizes("sample", size)
     start = None if image is None else read_nifti(image)
     painted = read_inpaint(image, inpaint, resamples, jump_length, paste)
-    folder = default_artifact(controlled=True) if artifact is None and mask else artifact
+    folder = artifact or default_artifact(controlled=bool(mask))
+    stages = [parse_stage(text) for text in then or ()]
     model = load(folder, engine, threads, memory_limit)
     if not quiet:
         typer.echo(
@@ -153,6 +161,7 @@ def sample(
         "inpaint": inpaint,
         "negative": negative,
         "reuse": reuse != 1,
+        "then": then,
     }
     choice = choice_settings(model, temperature, top_k, top_p, given)
     if isinstance(model, GeneratorModel):
@@ -171,7 +180,12 @@ def sample(
         else:
             common["negative"] = parse_conditions(model.spec, negative) if negative else None
             common |= edited(model.spec, start, painted)
-            volumes = model.sample_many(count, seed, **common, size=latent, **settings)
+            common |= {"size": latent, **settings}
+            if stages:
+                chain = Chain([folder, *(path for path, _ in stages)], engine, threads, memory_limit)
+                volumes = chain.sample_many(count, seed, then=[stage for _, stage in stages], **common)
+            else:
+                volumes = model.sample_many(count, seed, **common)
         ensemble = Ensemble()
         for number, (path, volume) in enumerate(zip(outputs, volumes, strict=True)):
             shown += [volume] if png else []

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from volcast.runtime.chain import chain as chain
     from volcast.runtime.client import Client as Client
     from volcast.runtime.client_async import AsyncClient as AsyncClient
     from volcast.runtime.ensemble import Ensemble as Ensemble
@@ -20,11 +21,15 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__ = ["AsyncClient", "Client", "Ensemble", "Inpaint", "Volume", "__version__", "load"]
+__all__ = ["AsyncClient", "Client", "Ensemble", "Inpaint", "Volume", "__version__", "chain", "load"]
 
 
 def __getattr__(name: str) -> object:
     # Lazy: `volcast --version` and shell completion must not wait for the engines.
+    if name == "chain":
+        from volcast.runtime.chain import chain
+
+        return chain
     if name == "load":
         from volcast.runtime.pipeline import load
 
