@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from .conditions import resolve
 from .engine import Arrays, Engine
 from .engine_auto import open_engine
+from .healing import Healed, heal_tokens, masked_difference, unlikely
 from .memory import PeakMemory
 from .programs import Programs
 from .report import Report, Stopwatch
@@ -158,6 +159,36 @@ class TokenModel:
             sequence = TokenSequence(self.spec, self._programs, 1, self._prepared(values, 1))
             found.append(log_likelihoods(sequence, self.spec, one[self.order][None]))
         return self._grid(np.concatenate(found))
+
+    def heal(
+        self,
+        image: Volume | NDArray[np.generic],
+        *,
+        quantile: float = 0.03,
+        condition: Condition | None = None,
+    ) -> Healed:
+        """One image with its unlikely tokens replaced by those that the transformer expects, and where it differs.
+
+        Args:
+            image: one image as `encode` takes it, with the intensities of training.
+            quantile: tokens whose log p lies below this quantile of the image's are replaced, above 0 and below 1.
+            condition: as `sample_many` takes it.
+
+        Raises:
+            ValueError: several images, or anything out of range.
+        """
+        codes = self.encode(image)
+        if len(codes) != 1:
+            raise ValueError(f"[heal] image holds {len(codes)} images: give one")
+        masked = unlikely(self.token_likelihood(codes, condition=condition)[0], quantile)
+        sequence = TokenSequence(self.spec, self._programs, 1, self._prepared(self._conditions(condition), 1))
+        ordered = codes.reshape(-1)[self.order], masked.reshape(-1)[self.order]
+        (tokens,) = self._grid(heal_tokens(sequence, self.spec, *ordered)[None])
+        (found,) = self.decode(tokens)
+        given = np.asarray(image, np.float32).reshape(found.shape)
+        return Healed(
+            tokens=tokens, masked=masked, image=found, difference=masked_difference(given, found, masked)
+        )
 
     @property
     def image_shape(self) -> tuple[int, ...]:

@@ -94,11 +94,16 @@ def draw_sequences(
     return Drawn(tokens=tokens, logits=every, network_seconds=sequence.network_seconds)
 
 
+def block_size(spec: TokenSpec) -> int:
+    """Known tokens of one call: as many as divide the sequence, so that one shape does for all."""
+    return max(size for size in range(1, LARGEST_BLOCK + 1) if spec.length % size == 0)
+
+
 def log_likelihoods(sequence: TokenSequence, spec: TokenSpec, tokens: Indices) -> NDArray[np.float64]:
     """log p (natural) of every token `[N, L]` given those before it, over all tokens that the transformer knows."""
     begin = np.full((len(tokens), 1), spec.bos_token, np.int64)
     known = np.concatenate((begin, tokens[:, :-1]), axis=1)
-    block = max(size for size in range(1, LARGEST_BLOCK + 1) if spec.length % size == 0)
+    block = block_size(spec)
     found = np.empty(tokens.shape, np.float64)
     for first in range(0, spec.length, block):
         part = slice(first, first + block)

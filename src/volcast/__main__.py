@@ -19,6 +19,7 @@ COMMANDS = {
     "info": "volcast.runtime.cli",
     "likelihood": "volcast.runtime.likelihood_cli",
     "anomaly": "volcast.runtime.anomaly_cli",
+    "heal": "volcast.runtime.heal_cli",
     "generate": "volcast.runtime.generate_cli",
     "pack": "volcast.export.pack_cli",
     "quantize": "volcast.export.quantize_cli",
