@@ -5,6 +5,7 @@ VOLCAST_MALFORMED=10000 sends that many, other ones each time.
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 import os
@@ -14,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from gateways import EVENTS, GENERATE, events, gateway
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from served import Served
 
+from volcast.runtime.volume import Volume
 from volcast.triton_repo.gateway import connection
 from volcast.triton_repo.gateway.server import Gateway
 from volcast.triton_repo.gateway.settings import Limits
@@ -29,7 +32,7 @@ SETTINGS = settings(
     max_examples=MANY or 200, deadline=None, derandomize=not MANY, database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )  # fmt: skip
-LIMITS = Limits(rate=1e6, body_bytes=2**16, voxels=8 * 12 * 8, previews=8)
+LIMITS = Limits(rate=1e6, body_bytes=2**16, file_bytes=2**17, voxels=8 * 12 * 8, previews=8)
 GOOD: dict[str, Any] = {"seed": 5, "steps": 4, "condition": {"anterior": 0.25}}
 NAMES = ["seed", "num_samples", "steps", "scheduler", "guidance", "size", "priority", "deadline_s", "progress_every",
          "preview_every", "condition", "context", "anterior", "output_format", "image", "strength", "region", ""]  # fmt: skip
@@ -70,6 +73,26 @@ def mutated(draw: st.DrawFn, whole: st.SearchStrategy[bytes]) -> bytes:
 
 
 bodies = st.one_of(texts, texts, mutated(texts), st.binary(max_size=64))
+IMAGE = Volume(
+    np.arange(8 * 12 * 8, dtype=np.float32).reshape(8, 12, 8), np.diag([1, 1.5, 2, 1]), (1, 1.5, 2)
+).nifti()
+
+
+@st.composite
+def files(draw: st.DrawFn) -> bytes:
+    """A request with an image, bytes of which are changed: mostly in its header, before or after it is compressed."""
+    content = bytearray(IMAGE)
+    zipped, late = draw(st.booleans()), draw(st.booleans())
+    for last in (False, True):
+        content = bytearray(gzip.compress(content)) if last and zipped else content
+        for _ in range(draw(st.integers(0, 2)) if last == late else 0):
+            place = draw(st.integers(0, 360) | st.integers(0, len(content) - 1))
+            content[place : place + draw(st.integers(0, 4))] = draw(st.binary(max_size=4))
+    given = {"seed": 5, "steps": 4, "strength": 0.5, "image": base64.b64encode(content).decode()}
+    return json.dumps({**given, **draw(st.dictionaries(st.sampled_from(NAMES), values, max_size=1))}).encode()
+
+
+bodies = st.one_of(bodies, files())
 accepts = st.sampled_from(
     ["*/*", "text/event-stream", "application/gzip", "application/json", "", ";;,,", "text/*;q=0"]
 )

@@ -117,7 +117,8 @@ def _check_affine(where: str, header: Nifti1Header, rank: int) -> None:
         and np.abs(affine).max() <= MOST_MM
         and volume > 1e-3
     ):
-        raise ValueError(f"{where}: its affine {np.array2string(affine[:3], precision=4, separator=',')} or voxel size {zooms} does not place a volume in millimetres; write it again")  # fmt: skip
+        told = "; ".join(" ".join(f"{one:g}" for one in row) for row in affine[:3])
+        raise ValueError(f"{where}: its affine ({told}) or voxel size {zooms} places no volume in millimetres; write it again")  # fmt: skip
 
 
 @final
