@@ -139,6 +139,8 @@ def _latent_shape(plan: BundlePlan) -> tuple[int, ...]:
         shape = plan.config.need("latent_shape", remedy)
     elif len({noise[1:] for noise in plan.noises}) == 1:
         shape = list(plan.noises[0][1:])
+    elif plan.autoencoder is not None and "diffusion_train#patch_size" in plan.config:  # MONAI's tutorials
+        shape = _tutorial_shape(plan.config, plan.autoencoder.arguments, arguments["out_channels"])
     else:
         raise ValueError(f"[bundle] latent_shape: the config has neither it nor one noise shape; {remedy}")
     good = isinstance(shape, list | tuple) and all(type(size) is int and 0 < size <= 4096 for size in shape)
@@ -155,7 +157,10 @@ def _latent_shape(plan: BundlePlan) -> tuple[int, ...]:
         raise ValueError(
             f"[bundle] latent_shape={list(shape)}: the UNet makes {arguments['out_channels']} channels; {remedy}"
         )
-    for key, wanted in (("latent_channels", shape[0]), ("spatial_dims", dims)):
+    channels = "latent_channels"
+    if plan.autoencoder is not None and plan.autoencoder.kind.role == "vqvae":
+        channels = "embedding_dim"
+    for key, wanted in ((channels, shape[0]), ("spatial_dims", dims)):
         if plan.autoencoder is not None and plan.autoencoder.arguments[key] != wanted:
             raise ValueError(
                 f"[bundle] latent_shape={list(shape)}: the autoencoder has {key}={plan.autoencoder.arguments[key]}; "
@@ -164,9 +169,16 @@ def _latent_shape(plan: BundlePlan) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _conditions(
-    plan: BundlePlan, latent_channels: int, low_res: LowRes | None
-) -> tuple[ConditionSpec, ...]:
+def _tutorial_shape(config: Config, autoencoder: Mapping[str, Any], channels: int) -> Any:
+    """The latent of the images on which a tutorial's config trains; what is no list of sizes is refused by the caller."""
+    patch = config.need("diffusion_train#patch_size")
+    if not isinstance(patch, list | tuple) or not all(type(size) is int for size in patch):
+        return patch
+    halved = len(autoencoder.get("channels") or autoencoder["num_channels"]) - 1
+    return [channels, *(size // 2**halved for size in patch)]
+
+
+def _conditions(plan: BundlePlan, latent_channels: int, low_res: LowRes | None) -> tuple[ConditionSpec, ...]:
     tokens = plan.config.need("context_tokens") if "context_tokens" in plan.config else 1
     if type(tokens) is not int or not 1 <= tokens <= 2**16:
         raise ValueError(f"[bundle] context_tokens={shown(tokens)}: need 1..{2**16}; --set context_tokens=1")

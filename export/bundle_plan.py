@@ -37,6 +37,7 @@ SETTINGS = frozenset(
     | {CONCAT_FIRST}
 )
 """Settings that need no key in the config; `unet`, `autoencoder`, `scheduler` besides, which choose a component."""
+TUTORIAL_SCHEDULER = "NoiseScheduler"
 # Where bundles keep the component that samples images; MAISI has a second set, mask_generation_*.
 _PREFERRED: dict[str, tuple[str, ...]] = {
     "unet": (
@@ -203,9 +204,10 @@ def _choose(read: Config, role: Role, candidates: list[str], choices: Mapping[st
 def _network(read: Config, role: Role, choices: Mapping[str, Any]) -> NetworkPlan | None:
     targets = read.targets()
     kinds = {id: kind_of(target) for id, target in targets.items()}
-    id = _choose(
-        read, role, [id for id, kind in kinds.items() if kind is not None and kind.role == role], choices
-    )
+    roles = ("autoencoder", "vqvae") if role == "autoencoder" else (role,)
+    # A VQVAE is a latent space too, where the config has no other autoencoder.
+    there_are = [[id for id, kind in kinds.items() if kind is not None and kind.role == one] for one in roles]
+    id = _choose(read, role, next((ids for ids in there_are if ids), []), choices)
     if id is None:
         if role == "unet":
             there = (
@@ -234,6 +236,8 @@ def _scheduler(
     targets = read.targets()
     candidates = [id for id, target in targets.items() if scheduler_name(target) and id != LOW_RES_SCHEDULER]
     id = _choose(read, "scheduler", candidates, choices)
+    if id is None and TUTORIAL_SCHEDULER in read:
+        return _tutorial_scheduler(read, spatial_dims)
     if id is None:
         raise ValueError(f"[bundle] the config has no scheduler; known: {known_schedulers()}")
     component = read.get(id).id
@@ -246,6 +250,18 @@ def _scheduler(
     return read_scheduler(
         component, str(read.raw(component).get("_target_")), read.arguments(component), steps, spatial_dims
     )
+
+
+def _tutorial_scheduler(read: Config, spatial_dims: int) -> SchedulerSpec:
+    """The MONAI tutorials' latent diffusion configs name betas alone; their inference.py makes a DDPMScheduler of them."""
+    betas = read.need(TUTORIAL_SCHEDULER)
+    if not (isinstance(betas, dict) and betas):
+        raise ValueError(f"[bundle] {TUTORIAL_SCHEDULER}={shown(betas)}: need num_train_timesteps and betas")
+    steps = read.need("num_inference_steps") if "num_inference_steps" in read else None
+    if steps is not None and (type(steps) is not int or steps < 1):
+        raise ValueError(f"[bundle] num_inference_steps={shown(steps)}: need a whole number from 1")
+    arguments = {"schedule": "scaled_linear_beta", **betas}
+    return read_scheduler(TUTORIAL_SCHEDULER, "DDPMScheduler", arguments, steps, spatial_dims)
 
 
 def scan(

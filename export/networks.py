@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from monai.apps.generation.maisi.networks.autoencoderkl_maisi import MaisiConvolution, MaisiGroupNorm3D
+from monai.networks.nets.vqvae import VQVAE
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -118,18 +119,36 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor, *mask: Tensor) -> Any:
         shown = [encoded(one, self.encoding) for one in mask]  # type: ignore[arg-type]
-        return self.autoencoder.decode(z, *shown)  # type: ignore[operator]
+        return self.autoencoder.decode(quantized(self.autoencoder, z), *shown)  # type: ignore[operator]
 
 
 class Encoder(nn.Module):
-    """`forward(image) -> (z_mu, z_sigma)`: mean and standard deviation of the latent, not multiplied by the scale."""
+    """`forward(image) -> (z_mu, z_sigma)`: mean and standard deviation of the latent, not multiplied by the scale.
+
+    A VQVAE's latent has no deviation: `(z_mu,)`, the codes nearest to what its encoder makes.
+    """
 
     def __init__(self, autoencoder: nn.Module) -> None:
         super().__init__()
         self.autoencoder = autoencoder
 
     def forward(self, image: Tensor) -> Any:
-        return self.autoencoder.encode(image)  # type: ignore[operator]
+        made = self.autoencoder.encode(image)  # type: ignore[operator]
+        return (quantized(self.autoencoder, made),) if isinstance(self.autoencoder, VQVAE) else made
+
+
+def quantized(autoencoder: nn.Module, z: Tensor) -> Tensor:
+    """The code of a VQVAE that is nearest to each vector of z `[N, C, *spatial]`; z itself for other autoencoders.
+
+    MONAI's `quantize` without its one-hot. |z|^2, the same for every code, is left out of the distances: it changes
+    none of them but for rounding.
+    """
+    if not isinstance(autoencoder, VQVAE):
+        return z
+    codes = autoencoder.quantizer.quantizer.embedding.weight
+    last = z.permute(0, *range(2, z.ndim), 1)
+    nearest = functional.linear(last, -2 * codes, codes.square().sum(1)).argmin(-1)
+    return functional.embedding(nearest, codes).permute(0, -1, *range(1, nearest.ndim))
 
 
 def plain_modules(network: nn.Module) -> nn.Module:

@@ -222,7 +222,7 @@ def capture_encoder(autoencoder: nn.Module, spatial: Sequence[int], scale: Seque
     )
     axes = _axes(original, free) | _output_axes(original, "d")
     known = {"image": torch.zeros(1, channels, *(size * s for size, s in zip(spatial, scale, strict=True)))}
-    return _program(original, axes, ["z_mu", "z_sigma"], known)
+    return _program(original, axes, ["z_mu", "z_sigma"][: len(outputs(original))], known)
 
 
 def _capture_sizes(dims: int, multiple: int) -> list[int]:
