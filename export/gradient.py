@@ -56,24 +56,28 @@ def add_classifier(
             ONNX form; a folder that exists (and not `replace`).
     """
     spec = read_artifact(artifact)
-    graph = capture_gradient(classifier, spec.latent_shape)
-    batch = symbol(shape_of(inputs(graph)["x"])[0])
-    described = tensor_specs(graph, {batch: "batch"}, ("gradient", "log_p"))
-    example = torch.zeros(1, *spec.latent_shape), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
-    nodes, flops = count_nodes(graph), count_flops(graph, example)
     with atomic_folder(folder, replace=replace) as temporary:
         shutil.copytree(artifact, temporary, dirs_exist_ok=True)
-        path = temporary / f"{PROGRAM}.onnx"
-        to_onnx(graph, path, described, precision=Precision.FP32, metadata={})
-        program = ProgramSpec(
-            file=path.name, inputs=described[0], outputs=described[1], nodes=nodes, nodes_before=nodes, flops=flops,
-            flops_before=flops,
-        )  # fmt: skip
+        program = write_gradient(classifier, spec.latent_shape, temporary / f"{PROGRAM}.onnx")
         with_gradient = spec.model_copy(
             update={"programs": {**spec.programs, PROGRAM: program}, "files": digests(temporary)}
         )
         (temporary / MANIFEST).write_text(with_gradient.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return with_gradient
+
+
+def write_gradient(classifier: nn.Module, latent_shape: Sequence[int], path: Path) -> ProgramSpec:
+    """The program at `path` for x `[N, *latent_shape]`, and its description; see `add_classifier`."""
+    graph = capture_gradient(classifier, latent_shape)
+    batch = {symbol(shape_of(node)[0]): "batch" for node in inputs(graph).values()}
+    described = tensor_specs(graph, batch, ("gradient", "log_p"))
+    to_onnx(graph, path, described, precision=Precision.FP32, metadata={})
+    example = torch.zeros(1, *latent_shape), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+    nodes, flops = count_nodes(graph), count_flops(graph, example)
+    return ProgramSpec(
+        file=path.name, inputs=described[0], outputs=described[1], nodes=nodes, nodes_before=nodes, flops=flops,
+        flops_before=flops,
+    )  # fmt: skip
 
 
 def capture_gradient(classifier: nn.Module, latent_shape: Sequence[int]) -> GraphModule:

@@ -200,9 +200,12 @@ def _average_pool_backward(w: OnnxWriter, n: Node) -> Any:
                   coordinate_transformation_mode="asymmetric")  # fmt: skip
 
 
-def _sum(w: OnnxWriter, n: Node) -> Any:
-    axes = w.constant(list(argument(n, 1)))
-    return w.emit("ReduceSum", w.tensor(argument(n, 0)), axes, keepdims=int(argument(n, 2, False)))
+def _reduced(kind: str) -> Operator:
+    def write(w: OnnxWriter, n: Node) -> Any:
+        axes = w.constant(list(argument(n, 1)))
+        return w.emit(kind, w.tensor(argument(n, 0)), axes, keepdims=int(argument(n, 2, False)))
+
+    return write
 
 
 GRADIENT_OPERATORS: dict[Any, Operator] = {
@@ -225,5 +228,7 @@ GRADIENT_OPERATORS: dict[Any, Operator] = {
     aten._log_softmax_backward_data.default: _log_softmax_backward,
     aten.avg_pool2d_backward.default: _average_pool_backward,
     aten.avg_pool3d_backward.default: _average_pool_backward,
-    aten.sum.dim_IntList: _sum,
+    aten.sum.dim_IntList: _reduced("ReduceSum"),
+    aten.mean.dim: _reduced("ReduceMean"),
+    aten.div.Scalar: OPERATORS[aten.div.Tensor],
 }

@@ -50,6 +50,7 @@ def classifier(dims: int = 2, shape: tuple[int, ...] = SHAPE, resblock_updown: b
 
 def make(folder: Path) -> None:
     """The artifact, at `folder`, and with its classifier at `folder / classified`."""
+    folder.mkdir()
     bundle = Bundle(
         name="small", unet=unet(), autoencoder=None, scheduler=SCHEDULER, scale_factor=1.0, latent_shape=SHAPE,
         spacing_mm=(1.0, 2.0), conditions=(CONTEXT,), provenance={},

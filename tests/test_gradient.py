@@ -1,0 +1,108 @@
+"""A classifier's gradient as a program, against torch's autograd in float64."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import anomaly_models
+import numpy as np
+import pytest
+import torch
+from monai.networks.nets.diffusion_model_unet import DiffusionModelEncoder
+from torch import Tensor, nn
+from torch.nn import functional
+
+from volcast.export.gradient import add_classifier, write_gradient
+from volcast.runtime.artifact import read_artifact
+from volcast.runtime.engine_auto import open_engine
+from volcast.runtime.spec import ProgramSpec
+
+
+@pytest.fixture(scope="module")
+def small(shared_folder: Any) -> Path:
+    return shared_folder("anomaly", anomaly_models.make)
+
+
+class Tokens(nn.Module):
+    """What MONAI's encoder has only with a context: layer norm, GELU, softmax; and a strided convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(1, 6, 3, stride=2, padding=1)
+        self.norm, self.wide = nn.LayerNorm(6), nn.Linear(6, 12)
+        self.pool, self.out = nn.AvgPool2d(2), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        h = self.convolution(x) * (1 + torch.cos(timesteps))[:, None, None, None]
+        tokens = self.norm(self.pool(h).flatten(2).transpose(1, 2))
+        first, second = self.wide(tokens).chunk(2, dim=-1)
+        mixed = torch.softmax(tokens @ second.transpose(1, 2), dim=-1) @ (first * functional.gelu(second))
+        return self.out(torch.cat((mixed, tokens), 1).mean(1))
+
+
+class Sorted(nn.Module):
+    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        return x.flatten(1).sort(1).values
+
+
+def check(path: Path, program: ProgramSpec, classifier: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(5)
+    exact = copy.deepcopy(classifier).double()
+    shape = program.inputs[0].shape[1:]
+    assert program.flops > 0
+    for engine in ("onnxruntime", "openvino"):
+        for count in (1, 3):
+            x = torch.randn((count, *(int(size) for size in shape)), generator=generator)
+            given = x.double().requires_grad_(True)
+            log_p = exact(given, torch.full((count,), 17.0)).log_softmax(1)
+            label = int(log_p.sum(0).argmin())  # a class that is certain has no gradient
+            (wanted,) = torch.autograd.grad(log_p[:, label].sum(), given)
+            opened = open_engine(engine, 1).open(path, program, {"batch": count})
+            timesteps = np.full(count, 17.0, np.float32)
+            found = opened({"x": x.numpy(), "timesteps": timesteps, "label": np.full(count, label)})
+            assert wanted.abs().max() > 0.1
+            # 200 operators each way, each rounding once; the sums of a convolution's 100 terms cancel up to tenfold.
+            close = 200 * 2 * 10 * 2.0**-24
+            for name, exactly in (("gradient", wanted), ("log_p", log_p.detach())):
+                np.testing.assert_allclose(
+                    found[name], exactly.numpy(), rtol=0, atol=close * float(exactly.abs().max())
+                )
+
+
+def test_monai_s_encoder_in_2d(small: Path) -> None:
+    plain, classified = (read_artifact(small / name) for name in ("plain", "classified"))
+    assert plain.programs.items() < classified.programs.items()
+    program = classified.programs["gradient"]
+    assert program.inputs[0].shape == ("batch", *anomaly_models.SHAPE)
+    check(small / "classified" / program.file, program, anomaly_models.classifier())
+
+
+def test_monai_s_encoder_in_3d_with_pools(tmp_path: Path) -> None:
+    network = anomaly_models.classifier(3, (2, 4, 8, 4), resblock_updown=True)
+    path = tmp_path / "gradient.onnx"
+    check(path, write_gradient(network, (2, 4, 8, 4), path), network)
+
+
+def test_layer_norm_gelu_softmax_and_pool(tmp_path: Path) -> None:
+    network = anomaly_models.randomised(Tokens(), 3, 0.5)
+    path = tmp_path / "gradient.onnx"
+    check(path, write_gradient(network, anomaly_models.SHAPE, path), network)
+
+
+def test_what_is_refused(small: Path, tmp_path: Path) -> None:
+    conditioned = DiffusionModelEncoder(
+        spatial_dims=2, in_channels=1, out_channels=2, input_shape=(8, 12), channels=(8,), num_res_blocks=1,
+        attention_levels=(False,), norm_num_groups=4, num_class_embeds=3,
+    )  # fmt: skip
+    for network, message in (
+        (anomaly_models.classifier(2, (1, 16, 12)), "DiffusionModelEncoder on x \\(1, 8, 12\\): no gradient"),
+        (conditioned, "class_labels should be provided"),
+        (Sorted(), "sort.default has no ONNX form"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            add_classifier(small / "plain", network, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="exists"):
+        add_classifier(small / "plain", anomaly_models.classifier(), small / "classified")
