@@ -134,6 +134,11 @@ def _check_precision(spec: ArtifactSpec) -> None:
         raise ValueError(
             f"[quantize] {spec.name} is quantised already; give the float32 artifact that it came from"
         )
+    if spec.reuses:
+        raise ValueError(
+            f"[quantize] {spec.name} has programs for reuse, which would stay float32 beside an int8 step; "
+            "export the bundle without --reuse"
+        )
     if spec.precision is not Precision.FP32:
         raise ValueError(
             f"[quantize] {spec.name} stores {spec.precision} weights, rounded once already; "
