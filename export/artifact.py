@@ -38,7 +38,7 @@ def export_bundle(
         progress("capture")
         model = capture_model(
             bundle.unet, bundle.autoencoder, bundle.latent_shape, bundle.conditions, batch, bundle.controls,
-            bundle.encodings, reuse,
+            bundle.encodings, reuse, bundle.text_encoder,
         )  # fmt: skip
         versions = tool_versions()
         passes = (*PASSES, "reuse") if reuse else PASSES

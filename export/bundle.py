@@ -19,6 +19,7 @@ from volcast.export.bundle_networks import NetworkPlan
 from volcast.export.bundle_plan import BundlePlan, plan_bundle
 from volcast.export.concat_order import put_latent_first
 from volcast.export.networks import Control
+from volcast.export.text_encoder import ClipTextEncoder, TextPlan, plan_text
 from volcast.export.weights import LargeFiles, digest, entry, read_checkpoint, scalar, state_dict
 from volcast.export.weights_keys import is_generative, load_weights
 from volcast.runtime.spec import ConditionSpec, LowResSpec, SchedulerSpec
@@ -45,6 +46,7 @@ class Bundle:
     controls: tuple[Control, ...] = ()
     encodings: Mapping[str, torch.Tensor] = field(default_factory=dict)
     low_res: LowResSpec | None = None
+    text_encoder: ClipTextEncoder | None = None
 
 
 def read_bundle(
@@ -65,7 +67,8 @@ def read_bundle(
     plan = plan_bundle(folder, config=config, weights=weights, settings=settings, controlnets=controlnets)
     latent_shape = _latent_shape(plan)
     low_res = plan_low_res(plan.config, plan.unet.arguments, latent_shape[0])
-    conditions = _conditions(plan, latent_shape[0], low_res)
+    text = plan_text(plan.config, plan.root, plan.unet.arguments)
+    conditions = _conditions(plan, latent_shape[0], low_res, text)
     masks = plan_masks(plan.unet, plan.autoencoder, plan.controls, read_labels(plan.config, _notes(plan)))
     spacing, found_spacing = read_spacing(plan.config, plan.unet.arguments["spatial_dims"])
     files = LargeFiles(plan.root)
@@ -74,6 +77,7 @@ def read_bundle(
     autoencoder = None if plan.autoencoder is None else _load(plan, "autoencoder", plan.autoencoder, files)
     controls = [_load(plan, control.id, control, files) for control in plan.controls]
     scale_factor, found_scale = _scale_factor(plan, unet, files)
+    encoder, encoder_provenance = (None, {}) if text is None else text.load()
     return Bundle(
         name=plan.provenance["bundle"],
         unet=unet.network,
@@ -88,12 +92,14 @@ def read_bundle(
         ),
         encodings=masks.encodings,
         low_res=None if low_res is None else low_res.spec,
+        text_encoder=encoder,
         provenance={
             **plan.provenance,
             **unet.provenance,
             **{key: value for one in controls for key, value in one.provenance.items()},
             **({} if autoencoder is None else autoencoder.provenance),
             **({} if low_res is None else {"noise_level": low_res.found}),
+            **encoder_provenance,
             "spacing_mm": found_spacing,
             "scale_factor": found_scale,
         },
@@ -178,12 +184,16 @@ def _tutorial_shape(config: Config, autoencoder: Mapping[str, Any], channels: in
     return [channels, *(size // 2**halved for size in patch)]
 
 
-def _conditions(plan: BundlePlan, latent_channels: int, low_res: LowRes | None) -> tuple[ConditionSpec, ...]:
+def _conditions(
+    plan: BundlePlan, latent_channels: int, low_res: LowRes | None, text: TextPlan | None
+) -> tuple[ConditionSpec, ...]:
     tokens = plan.config.need("context_tokens") if "context_tokens" in plan.config else 1
     if type(tokens) is not int or not 1 <= tokens <= 2**16:
         raise ValueError(f"[bundle] context_tokens={shown(tokens)}: need 1..{2**16}; --set context_tokens=1")
     derived = network_conditions(plan.unet.arguments, latent_channels, tokens)
     derived = derived if low_res is None else low_res.conditions(derived)
+    if text is not None:
+        derived = (*(one for one in derived if one.name != "context"), text.condition())
     notes = _notes(plan)
     return derived if notes is None else described_conditions(notes, derived, plan.unet_chosen)
 

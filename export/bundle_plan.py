@@ -18,6 +18,7 @@ from volcast.export.bundle_masks import plan_controls
 from volcast.export.bundle_networks import NetworkPlan, kind_of, known_networks, plan_network
 from volcast.export.bundle_scheduler import known_schedulers, read_scheduler, scheduler_name
 from volcast.export.concat_order import CONCAT_FIRST
+from volcast.export.text_encoder import TEXT_ENCODER
 from volcast.runtime.spec import SchedulerSpec
 
 Role = Literal["unet", "autoencoder", "scheduler"]
@@ -34,6 +35,7 @@ SETTINGS = frozenset(
         "autoencoder_weights_key",
     }
     | LOW_RES_SETTINGS
+    | {TEXT_ENCODER}
     | {CONCAT_FIRST}
 )
 """Settings that need no key in the config; `unet`, `autoencoder`, `scheduler` besides, which choose a component."""

@@ -23,6 +23,7 @@ from volcast.runtime.spec import LOW_RES, TAU, SchedulerSpec
 
 from .bundle import Bundle
 from .monai_masks import Controls, Shown
+from .text_encoder import TEXT
 
 Array = NDArray[np.generic]
 
@@ -115,6 +116,10 @@ def run_monai(
 
 def _monai_names(bundle: Bundle, values: Mapping[str, Array]) -> dict[str, Array]:
     """An upscaler's conditions by the names that they have in MONAI; the level goes nowhere without class labels."""
+    if bundle.text_encoder is not None:
+        with torch.no_grad():
+            context = _array(bundle.text_encoder(torch.from_numpy(values[TEXT])))
+        values = {name: value for name, value in values.items() if name != TEXT} | {"context": context}
     told = getattr(bundle.unet, "num_class_embeds", None) is not None
     names = {LOW_RES: "concat", TAU: "class_labels"}
     return {names.get(name, name): value for name, value in values.items() if told or name != TAU}
@@ -189,7 +194,9 @@ class _Observed:
         on_step: Callable[[int], object],
     ) -> None:
         names = tuple(conditional)
-        self.lone = names[0] if names in (("context",), ("concat",)) else None
+        # The inferer fills the other branch with one number; a negative condition is more than that.
+        filled = unconditional is None or all(np.ptp(value) == 0 for value in unconditional.values())
+        self.lone = names[0] if names in (("context",), ("concat",)) and filled else None
         self.timesteps: list[float] = []
         self.calls: dict[int, NetworkCall] = {}
         self._unet = unet

@@ -14,6 +14,7 @@ from monai.networks.nets.vqvae import VQVAE
 from torch import Tensor, nn
 from torch.nn import functional
 
+from volcast.export.text_encoder import TEXT
 from volcast.runtime.spec import LOW_RES, TAU
 
 MASK, SCALE = "mask", "controlnet_scale"
@@ -33,7 +34,9 @@ class Denoiser(nn.Module):
 
     x [N, C, *spatial]; timesteps float [N]; conditions in the order of `conditions`, by the names of the UNet's
     arguments, except: `concat` or `low_res` [N, C', *spatial] is concatenated to x (MONAI's `mode="concat"`); `tau`,
-    an upscaler's noise level, is `class_labels`; `mask` is SPADE's `seg`; hints go to the ControlNets, whose residuals are multiplied by `controlnet_scale` [N, controls] and added up.
+    an upscaler's noise level, is `class_labels`; `text`, token ids, goes through `text_encoder` to be `context`; `mask` is
+    SPADE's `seg`; hints go to the ControlNets, whose residuals are multiplied by `controlnet_scale` [N, controls] and
+    added up.
     Hints and masks are [N, C, *image]; those in `encodings` are label maps [N, *image], int64: label l becomes the
     channels `encodings[name][l]`.
     """
@@ -44,9 +47,11 @@ class Denoiser(nn.Module):
         conditions: Sequence[str],
         controls: Sequence[Control] = (),
         encodings: Mapping[str, Tensor] = MappingProxyType({}),
+        text_encoder: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.unet = unet
+        self.text_encoder = text_encoder
         self.conditions = tuple(conditions)
         self.controls = nn.ModuleList(control.network for control in controls)
         self.hints = tuple(control.hint for control in controls)
@@ -65,6 +70,8 @@ class Denoiser(nn.Module):
         for beside in ("concat", LOW_RES):
             if beside in given:
                 x = torch.cat((x, given.pop(beside)), dim=1)
+        if self.text_encoder is not None:
+            given["context"] = self.text_encoder(given.pop(TEXT))
         if TAU in given:
             given["class_labels"] = given.pop(TAU)
         residuals: list[Tensor] = []

@@ -59,6 +59,7 @@ def capture_model(
     controls: Sequence[Control] = (),
     encodings: Mapping[str, Tensor] = MappingProxyType({}),
     reused: bool = False,
+    text_encoder: nn.Module | None = None,
 ) -> CapturedModel:
     """Capture and optimise every program of a latent (or, without autoencoder, pixel-space) diffusion model.
 
@@ -105,6 +106,7 @@ def capture_model(
         [condition.name for condition in shown],
         [replace(control, network=plain_modules(control.network)) for control in controls],
         {name: table for name, table in encodings.items() if name not in others},
+        text_encoder,
     )
     programs = capture_denoiser(denoiser, latent_shape, shown, multiple, scale, reused) | rest
     named = {size for p in programs.values() for t in (*p.inputs, *p.outputs) for size in t.shape}

@@ -45,6 +45,7 @@ def verify(
     seed: int = 0,
     condition: Mapping[str, Any] | None = None,
     guidance: float | None = None,
+    negative: Mapping[str, Any] | None = None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> Verification:
     """Compare the artifact in the folder `artifact` with MONAI 1.6.1 running `bundle` from the same noise.
@@ -54,7 +55,7 @@ def verify(
 
     Args:
         engine, threads: as in `volcast.load`.
-        steps, seed, condition, guidance: as in `Model.sample`; steps None: the bundle's.
+        steps, seed, condition, guidance, negative: as in `Model.sample`; steps None: the bundle's.
         on_step: called with the network calls done and to do, of both samplers.
 
     Raises:
@@ -65,7 +66,7 @@ def verify(
     steps = bundle.scheduler.steps if steps is None else steps
     request = make_request(spec, seed, {"steps": steps, "guidance": guidance, "compat": "monai-1.6"})
     samples = range(smallest_batch(spec))
-    job = make_job(spec, request, len(samples), len(samples), condition, None)
+    job = make_job(spec, request, len(samples), len(samples), condition, None, negative)
     opened = open_engine(engine, threads)
     programs = Programs(artifact, spec, opened)
 
