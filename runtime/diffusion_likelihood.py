@@ -104,9 +104,9 @@ def likelihood_terms(
     terms = np.empty((len(job.plan), *x0.shape[1:]), np.float64)
     for place in range(len(job.plan)):
         signal, sigma = bound.levels(place)
-        noisy = (signal * clean + sigma * noise).astype(np.float32)
-        out = network(place, noisy, _core.Branch.CONDITIONAL).astype(np.float64)
-        terms[place] = bound.term(place, clean, noisy.astype(np.float64), out)[0]
+        noisy = signal * clean + sigma * noise
+        out = network(place, noisy.astype(np.float32), _core.Branch.CONDITIONAL).astype(np.float64)
+        terms[place] = bound.term(place, clean, noisy, out)[0]
         if not np.isfinite(terms[place]).all():
             raise ValueError(
                 f"[likelihood] the network's output at step {place} is not finite; check the weights and the precision"

@@ -21,7 +21,6 @@ from volcast.export.bundle_config import Config
 from volcast.export.transformer_bundle import has_transformer, read_transformer
 from volcast.export.transformer_order import read_order
 from volcast.runtime.artifact import read_manifest
-from volcast.runtime.roc import auc
 from volcast.runtime.token_spec import TokenSpec
 
 SHAPE = (2, 3, 4)
@@ -193,6 +192,7 @@ def test_the_commands(
         (("sample", made / "artifact", "-o", out, "--engine", "cuda", *given), "token by token"),
         (("likelihood", made / "artifact", *files, "-o", out, *given), "give one, not 2"),
         (("likelihood", made / "artifact", unlike / "b.nii.gz", *given), "cannot read it"),
+        (("likelihood", made / "artifact", *files, "--steps", 5, *given), "has log p itself"),
         (("verify", made / "artifact", made / "bundle", "--steps", 5, *given), "leave --against"),
         (("quantize", made / "artifact", "-o", tmp_path / "q"), "give a diffusion model"),
     ):
@@ -205,13 +205,6 @@ def test_diffusion_models_take_no_choice(
 ) -> None:
     assert run("sample", gaussian, "-o", tmp_path / "a.nii.gz", "--top-k", 5) == 2
     assert "--top-k" in capsys.readouterr().err
-    assert run("likelihood", gaussian, tmp_path / "a.nii.gz") == 2
-    assert "is a diffusion model" in capsys.readouterr().err
-
-
-def test_the_area_under_the_curve() -> None:
-    assert auc([3, 2], [1, 0]) == 1 and auc([0], [1]) == 0 and auc([1, 1], [1]) == 0.5
-    assert auc([3, 1], [2, 0]) == 0.75
 
 
 def test_the_manifest(tiny_tokens: Callable[..., Path]) -> None:
