@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from volcast import Inpaint
 from volcast.runtime.device import sampling, step_loop
 from volcast.runtime.engine_cuda import CudaEngine
 from volcast.runtime.pipeline import Model, load
@@ -197,3 +198,10 @@ def test_memory_for_the_loop_comes_before_the_noise(model: Model, monkeypatch: p
         ):
             model.sample(0, size=(4, 4, 12), steps=2)
     assert np.isfinite(model.sample(0, size=TINY, steps=2).array).all()
+
+
+def test_inpainting_is_refused_before_any_work(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "encode", None)
+    image = np.zeros((16, 32, 16), np.float32)
+    with pytest.raises(ValueError, match=r"\[sample\] inpaint: the engine cuda does not; load the model with openvino"):
+        model.sample(image=image, inpaint=Inpaint(image))

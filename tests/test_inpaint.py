@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+
 import numpy as np
 import pytest
 from conftest import STEPS, VARIANCE, alpha_bar
+from host_network import HostEngine
 
 import volcast
 from volcast import Inpaint, Volume, _core
 from volcast.runtime.inpaint import make_known
-from volcast.runtime.volume import centred_affine
+from volcast.runtime.volume import centred_affine, read_nifti
 
 SHAPE = (8, 12, 8)
 """Of the gaussian model's images; its latent is 4 x 6 x 4."""
@@ -93,6 +97,13 @@ def test_a_sample_is_the_same_in_any_batch_and_by_submit(model):
     assert many[0].report.steps > SETTINGS["steps"]
 
 
+def test_tensorrts_loop(model, gaussian):
+    """Its captured step has no part that stays: the plan runs on the host, with the bits of the other engines."""
+    arguments = {"image": SCAN, "inpaint": Inpaint(MASK, resamples=2)} | SETTINGS
+    with volcast.load(gaussian, HostEngine()) as other:
+        np.testing.assert_array_equal(other.sample(5, **arguments).array, model.sample(5, **arguments).array)
+
+
 def test_previews_and_guidance_and_strength(model):
     seen, arguments = [], {"image": SCAN, "inpaint": Inpaint(MASK, resamples=1)} | SETTINGS
     guided = model.sample(1, guidance=2.0, on_preview=lambda step, images: seen.append(images.copy()),
@@ -136,3 +147,16 @@ def test_refusals(model):
         model.sample(image=SCAN, inpaint=Inpaint(MASK, resamples=0))
     with pytest.raises(ValueError, match=r"jump_length=20: need 1..19"):
         model.sample(image=SCAN, inpaint=Inpaint(MASK, jump_length=20))
+
+
+def test_the_example(default_cache, tmp_path, monkeypatch):
+    """docs/examples/inpaint.py; its mean is the ensemble's, the image's own voxels where nothing is hidden."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(default_cache))
+    monkeypatch.setattr("sys.argv", ["inpaint.py", str(tmp_path), "--steps", "2"])
+    script = Path(__file__).parent.parent / "docs" / "examples" / "inpaint.py"
+    runpy.run_path(str(script), run_name="__main__")
+    assert {path.name for path in tmp_path.iterdir()} == {"mean.nii.gz", "std.nii.gz", "inpaint.png"}
+    spread = read_nifti(tmp_path / "std.nii.gz").array
+    hidden = np.zeros(spread.shape, bool)
+    hidden[8:24, 16:32, 8:24] = True
+    assert (spread[~hidden] == 0).all() and (spread[hidden] > 0).all()
