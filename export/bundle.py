@@ -14,6 +14,7 @@ from volcast.export.bundle_conditions import described_conditions, network_condi
 from volcast.export.bundle_config import Config, shown
 from volcast.export.bundle_expression import WeightFile, is_number
 from volcast.export.bundle_low_res import LowRes, plan_low_res
+from volcast.export.bundle_maisi import named_inputs, plan_intensity
 from volcast.export.bundle_masks import plan_masks, read_labels
 from volcast.export.bundle_networks import NetworkPlan
 from volcast.export.bundle_plan import BundlePlan, plan_bundle
@@ -22,7 +23,7 @@ from volcast.export.networks import Control
 from volcast.export.text_encoder import ClipTextEncoder, TextPlan, plan_text
 from volcast.export.weights import LargeFiles, digest, entry, read_checkpoint, scalar, state_dict
 from volcast.export.weights_keys import is_generative, load_weights
-from volcast.runtime.spec import ConditionSpec, LowResSpec, SchedulerSpec
+from volcast.runtime.spec import ConditionSpec, IntensitySpec, LowResSpec, SchedulerSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,7 @@ class Bundle:
     controls: tuple[Control, ...] = ()
     encodings: Mapping[str, torch.Tensor] = field(default_factory=dict)
     low_res: LowResSpec | None = None
+    intensity: IntensitySpec | None = None
     text_encoder: ClipTextEncoder | None = None
 
 
@@ -66,6 +68,7 @@ def read_bundle(
     """
     plan = plan_bundle(folder, config=config, weights=weights, settings=settings, controlnets=controlnets)
     latent_shape = _latent_shape(plan)
+    intensity, found_intensity = plan_intensity(plan.config, plan.autoencoder)
     low_res = plan_low_res(plan.config, plan.unet.arguments, latent_shape[0])
     text = plan_text(plan.config, plan.root, plan.unet.arguments)
     conditions = _conditions(plan, latent_shape[0], low_res, text)
@@ -92,6 +95,7 @@ def read_bundle(
         ),
         encodings=masks.encodings,
         low_res=None if low_res is None else low_res.spec,
+        intensity=intensity,
         text_encoder=encoder,
         provenance={
             **plan.provenance,
@@ -99,6 +103,7 @@ def read_bundle(
             **{key: value for one in controls for key, value in one.provenance.items()},
             **({} if autoencoder is None else autoencoder.provenance),
             **({} if low_res is None else {"noise_level": low_res.found}),
+            "intensity": found_intensity,
             **encoder_provenance,
             "spacing_mm": found_spacing,
             "scale_factor": found_scale,
@@ -191,6 +196,7 @@ def _conditions(
     if type(tokens) is not int or not 1 <= tokens <= 2**16:
         raise ValueError(f"[bundle] context_tokens={shown(tokens)}: need 1..{2**16}; --set context_tokens=1")
     derived = network_conditions(plan.unet.arguments, latent_channels, tokens)
+    derived = named_inputs(derived, read_spacing(plan.config, plan.unet.arguments["spatial_dims"])[0])
     derived = derived if low_res is None else low_res.conditions(derived)
     if text is not None:
         derived = (*(one for one in derived if one.name != "context"), text.condition())

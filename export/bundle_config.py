@@ -78,6 +78,14 @@ class Config:
         except Unreadable:
             return False
 
+    def has_key(self, id: str) -> bool:
+        """Whether the config says anything at that id, null too."""
+        try:
+            self.raw(id)
+        except Unreadable:
+            return False
+        return True
+
     def raw(self, id: str) -> Any:
         """What the config says at that id, unread. Unreadable if there is no such id."""
         value: Any = self._data

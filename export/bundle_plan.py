@@ -26,8 +26,10 @@ SETTINGS = frozenset(
     {
         "bundle_root",
         "context_tokens",
+        "intensity",
         "labels",
         "latent_shape",
+        "modality",
         "num_inference_steps",
         "scale_factor",
         "spacing_mm",

@@ -16,6 +16,7 @@ from torch import nn
 from volcast.runtime.artifact import read_artifact
 from volcast.runtime.denoiser import step_inputs
 from volcast.runtime.engine_auto import open_engine
+from volcast.runtime.intensity import of_network, written
 from volcast.runtime.job import Job, make_job
 from volcast.runtime.noise import request_noise
 from volcast.runtime.programs import Programs
@@ -93,7 +94,9 @@ def verify(
         watch = Watch(on_step=lambda done, _: on_step(calls + done, 2 * calls))
         sampler = opened.sampler(artifact, spec, programs)
         volume, _ = next(sampler.run(job, [samples], None, watch))
-        checks += _volume_checks(spec, volume, monai.image)
+        # In the network's intensities, where an error of 1 HU is not small beside an offset of 1000.
+        image = of_network(spec.intensity, written(spec.intensity, monai.image))
+        checks += _volume_checks(spec, of_network(spec.intensity, volume), image)
     except ValueError as error:
         # Every argument was checked and every program has run: what is left is a trajectory that is not finite.
         checks += [Check(name="volume", value=math.nan, budget=VOLUME, note=str(error))]
@@ -115,6 +118,7 @@ def _check_fit(spec: ArtifactSpec, bundle: Bundle) -> None:
         "conditions": (inputs(spec.conditions), inputs(bundle.conditions)),
         "autoencoder": ("decode" in spec.programs, bundle.autoencoder is not None),
         "scheduler": (spec.scheduler.scheduler, bundle.scheduler.scheduler),
+        "intensity": (spec.intensity, bundle.intensity),
     }
     for fact, (ours, theirs) in facts.items():
         if ours != theirs:

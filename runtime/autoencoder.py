@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .conditions import resolve
+from .intensity import of_network, written
 from .job import Job
 from .memory_limit import DecodePlan, MemoryLimit
 from .programs import Programs, bind
@@ -56,7 +57,7 @@ def decode(spec: ArtifactSpec, programs: Programs, z: Any, given: Given = NOTHIN
     """Images `[N, 1, D, H, W]` of the latents `z`; see `Model.decode`."""
     latents = _batched("decode", spec, z, spec.latent_shape[0])
     if "decode" not in spec.programs:
-        return latents
+        return written(spec.intensity, latents)
     latents = latents / np.float32(spec.scale_factor)
     image = (
         _whole(programs, latents, given)
@@ -67,7 +68,7 @@ def decode(spec: ArtifactSpec, programs: Programs, z: Any, given: Given = NOTHIN
         raise ValueError(
             "[decode] the decoded volume is not finite; check the weights, or export with fp32 weights"
         )
-    return image
+    return written(spec.intensity, image)
 
 
 def decode_plan(
@@ -112,9 +113,9 @@ def encode(spec: ArtifactSpec, programs: Programs, image: Any) -> Images:
     if array.ndim == len(spec.latent_shape) - 1:
         array = array[None]
     if "encode" not in spec.programs:
-        return _batched("encode", spec, array, spec.latent_shape[0])
+        return of_network(spec.intensity, _batched("encode", spec, array, spec.latent_shape[0]))
     channels = spec.programs["encode"].inputs[0].shape[1]
-    array = _batched("encode", spec, array, int(channels))
+    array = of_network(spec.intensity, _batched("encode", spec, array, int(channels)))
     if programs.memory is not None:
         sizes = bind("encode", programs.describe("encode"), {"image": array.shape})
         programs.close("decode")

@@ -54,7 +54,8 @@ def resolve(spec: Manifest, given: Mapping[str, Any] | None, sizes: Mapping[str,
             for field, number in zip(condition.fields, numbers, strict=True):
                 if condition.dtype == "int64" and number != round(number):
                     raise ValueError(f"[condition] {field.name}={number:g}: need a whole number")
-            values[condition.name] = np.array(numbers, condition.dtype).reshape(condition.shape)  # type: ignore[arg-type]
+            shown = [number * field.factor for field, number in zip(condition.fields, numbers, strict=True)]
+            values[condition.name] = np.array(shown, condition.dtype).reshape(condition.shape)  # type: ignore[arg-type]
         else:
             what = "label map" if condition.is_mask else "array"
             raise ValueError(

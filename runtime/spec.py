@@ -205,13 +205,34 @@ class Ratio(Frozen):
     denominator: dict[str, Finite]
 
 
+class IntensitySpec(Frozen):
+    """What the network's intensities are in volumes as they are written and given: `network[0]..network[1]` becomes
+    `written[0]..written[1]`, linearly, clipped at both ends (MAISI: 0..1 and -1000..1000 HU).
+
+    `written` lies in int16, as CT is stored: a volume may be rounded to whole numbers and none overflows.
+    """
+
+    network: tuple[Finite, Finite]
+    written: tuple[Finite, Finite]
+    unit: Annotated[str, Field(min_length=1, max_length=20)]
+
+    @model_validator(mode="after")
+    def _rising(self) -> IntensitySpec:
+        if self.network[0] >= self.network[1] or not -(2**15) <= self.written[0] < self.written[1] < 2**15:
+            raise ValueError(
+                f"network {self.network} to written {self.written}: need rising pairs, the second within int16"
+            )
+        return self
+
+
 class ConditionField(Frozen):
-    """One named number of a condition: `--condition anterior=0.5`."""
+    """One named number of a condition: `--condition anterior=0.5`. The network is shown `factor` times the number."""
 
     name: Identifier
     minimum: Finite
     maximum: Finite
     default: Finite | Ratio
+    factor: Finite = 1.0
     description: Annotated[str, Field(max_length=500)] = ""
 
 
@@ -328,7 +349,7 @@ class ArtifactSpec(Manifest):
     """The manifest of a diffusion model.
 
     `latent_shape` is `(C, *spatial)` at the default size (of the volume itself for a pixel-space model, which has
-    no `decode`). `slabs` is `decode` cut for little memory. `low_res`: it is an upscaler's. `step_deep`, which gives the feature that comes up from
+    no `decode`). `slabs` is `decode` cut for little memory. `intensity`: None where volumes have the network's own. `low_res`: it is an upscaler's. `step_deep`, which gives the feature that comes up from
     below the network's top level besides, and `step_shallow`, which takes it, are for `reuse` and stand together.
     `quality`: what fast samples may lose; None: `QualityBudget`'s defaults.
     """
@@ -338,6 +359,7 @@ class ArtifactSpec(Manifest):
     scale_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     latent_shape: Annotated[tuple[PositiveInt, ...], Field(min_length=3, max_length=4)]
     slabs: SlabSpec | None = None
+    intensity: IntensitySpec | None = None
     low_res: LowResSpec | None = None
     quality: QualityBudget | None = None
 

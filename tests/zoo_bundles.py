@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,4 +59,6 @@ def _random(key: str, like: torch.Tensor, generator: torch.Generator) -> torch.T
     if "quantizer" in key:
         return noise
     scale = 0.05 if like.ndim < 2 else like[0].numel() ** -0.5
+    # MAISI's regions and spacings are shown times 100: weights that fit, or float32 has no digits left for x.
+    scale *= 0.01 if re.search(r"(region_index|spacing)_layer\.0\.weight", key) else 1
     return scale * noise + (1 if like.ndim == 1 and key.endswith("weight") else 0)

@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 
 from volcast import _core
 from volcast.kernels import plan_table
+from volcast.runtime.intensity import written
 from volcast.runtime.job import Job
 from volcast.runtime.memory import PeakMemory
 from volcast.runtime.programs import Programs
 from volcast.runtime.report import Report, Stopwatch
 from volcast.runtime.sampling import Images, Sampler, Watch, first_latent, prepared, schedule_rows
-from volcast.runtime.spec import ArtifactSpec
+from volcast.runtime.spec import ArtifactSpec, IntensitySpec
 
 from .decoding import Decoding, open_decoder
 from .device import Device
@@ -55,10 +56,15 @@ class _Pending:
     """A batch that is being decoded."""
 
     def __init__(
-        self, captured: _Captured, plan: _core.Plan, samples: NDArray[np.uint64], report: Report
+        self,
+        captured: _Captured,
+        plan: _core.Plan,
+        samples: NDArray[np.uint64],
+        report: Report,
+        intensity: IntensitySpec | None,
     ) -> None:
         self.captured: _Captured | None = captured
-        self._plan, self._samples, self._report = plan, samples, report
+        self._plan, self._samples, self._report, self._intensity = plan, samples, report, intensity
         self._began = time.perf_counter()
         self._images: Images | None = None
         self._failure: Exception | None = None
@@ -86,7 +92,7 @@ class _Pending:
             raise ValueError(
                 "[decode] the decoded volume is not finite; check the weights, or build with --precision bf16 or fp32"
             )
-        return self._images, self._report
+        return written(self._intensity, self._images), self._report
 
 
 @final
@@ -169,7 +175,7 @@ class DeviceSampler(Sampler):
             peak_of_process=memory.since_start_of_process,
             device_bytes=self._bytes(),
         )
-        return _Pending(captured, job.plan, samples, report)
+        return _Pending(captured, job.plan, samples, report, spec.intensity)
 
     def _decode(self, batch: _Pending) -> None:
         """Enqueue it, when the images of the batch before are out of the way."""
@@ -199,7 +205,7 @@ class DeviceSampler(Sampler):
             decoding.snapshot,
             decoding.show,
             decoding.stream,
-            lambda step: on_preview(step, decoding.preview.numpy().copy()),
+            lambda step: on_preview(step, written(self._spec.intensity, decoding.preview.numpy().copy())),
         )
 
     @cached_property
