@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,8 @@ from volcast.export.evaluation_images import ImageSet
 from volcast.export.evaluation_interval import half_sample_interval
 from volcast.export.frechet import feature_moments
 from volcast.runtime.volume import Volume, centred_affine
+
+EXAMPLE = Path(__file__).parent.parent / "docs" / "examples" / "quality.py"
 
 
 def image_set(images: np.ndarray, prefix: str = "") -> ImageSet:
@@ -208,3 +212,12 @@ def test_real_images_that_are_flat(tmp_path: Path) -> None:
     flat = np.zeros((4, 1, 8, 8), np.float32)
     with pytest.raises(ValueError, match="every voxel of r is 0"):
         evaluate(image_set(noise(4, 8, 8), "s"), image_set(flat, "r"))
+
+
+def test_the_example_runs(gaussian: Path, tmp_path: Path) -> None:
+    given = [str(tmp_path), "--artifact", str(gaussian), "--samples", "4", "--steps", "4"]
+    done = subprocess.run([sys.executable, str(EXAMPLE), *given], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "4 samples and 4 real images of 8 x 12 x 8" in done.stdout and "memorisation: no" in done.stdout
+    with Image.open(tmp_path / "quality.png") as picture:
+        assert picture.width > 100
