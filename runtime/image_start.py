@@ -21,11 +21,13 @@ Encode = Callable[[Image], NDArray[np.float32]]
 
 
 def check_image(image: Image | None, inpaint: Inpaint | None, request: Request) -> None:
-    """ValueError: something that is about an image, and no image."""
+    """ValueError: something that is about an image, and no image; what inpainting does not go with."""
     if image is None and request.strength != 1:
         raise ValueError(f"[sample] strength={request.strength} without an image: give one, or leave it out")
     if image is None and inpaint is not None:
         raise ValueError("[sample] inpaint without an image: give the image that its mask is of")
+    if inpaint is not None and request.reuse != 1:
+        raise ValueError(f"[sample] reuse={request.reuse} with inpaint, whose steps jump back; leave one out")
 
 
 def encode_one(encode: Encode, image: Image, size: Sequence[int] | None) -> NDArray[np.float32]:

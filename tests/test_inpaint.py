@@ -141,6 +141,8 @@ def test_masks():
 def test_refusals(model):
     with pytest.raises(ValueError, match=r"inpaint without an image"):
         model.sample(inpaint=Inpaint(MASK))
+    with pytest.raises(ValueError, match=r"reuse=2 with inpaint, whose steps jump back"):
+        model.sample(image=SCAN, inpaint=Inpaint(MASK), reuse=2)
     with pytest.raises(ValueError, match=r"\[repaint\] pndm remembers"):
         model.sample(image=SCAN, inpaint=Inpaint(MASK), scheduler="pndm")
     with pytest.raises(ValueError, match=r"resamples=0: need 1..1000"):
