@@ -88,7 +88,9 @@ class Served:
         return found
 
 
-def alone(p: _core.Plan, seed: int, c: float = 1.0, guidance: float | None = None) -> np.ndarray:
+def alone(
+    p: _core.Plan, seed: int, c: float = 1.0, guidance: float | None = None, **known: np.ndarray
+) -> np.ndarray:
     """The loop without a batcher."""
     seeds, samples = np.full(1, seed, np.uint64), np.zeros(1, np.uint64)
     x = _core.normal(seeds, samples, 0, SHAPE, np.dtype(np.float32))
@@ -98,7 +100,7 @@ def alone(p: _core.Plan, seed: int, c: float = 1.0, guidance: float | None = Non
         value = 0.0 if branch == _core.Branch.UNCONDITIONAL else c
         return network(x, rows[step : step + 1], np.full((1, 1), value, np.float32))
 
-    _core.run(p, x, denoiser, seeds, samples, guidance=guidance)
+    _core.run(p, x, denoiser, seeds, samples, guidance=guidance, **known)  # type: ignore[arg-type]
     return x.ravel()
 
 
@@ -286,3 +288,29 @@ def test_wrong_sizes_are_refused() -> None:
         Served((1, 4, 2))
     with pytest.raises(ValueError, match="active=0"):
         _core.Batcher(active=0)
+
+
+def test_samples_that_inpaint_share_calls_with_others() -> None:
+    """Jumps and merges are the plan's: each sample has the loop's bits, with what is known of it alone."""
+    rng, served = np.random.default_rng(0), Served()
+    painted = _core.make_repaint(plan(6, "ddpm"), resamples=3, jump_length=2)
+    known = [rng.standard_normal(SHAPE, np.float32) for _ in range(2)]
+    keep = [(rng.random(SHAPE) < part).astype(np.float32) for part in (0.3, 0.7)]
+    with served.running():
+        others = {served.submit(plan(9), 5): alone(plan(9), 5)}
+        mine = {served.submit(painted, seed, known=known[seed], keep=keep[seed]): seed for seed in (0, 1)}
+        ends = served.ends(3)
+    for number, seed in mine.items():
+        expected = alone(painted, seed, known=known[seed], keep=keep[seed])
+        np.testing.assert_array_equal(ends[number].x, expected)
+        stays = keep[seed].ravel() == 1
+        np.testing.assert_array_equal(expected[stays], known[seed].ravel()[stays])
+    for number, expected in others.items():
+        np.testing.assert_array_equal(ends[number].x, expected)
+    for wrong, message in (
+        ({"known": known[0]}, "known has 24 values and keep 0: need 24 each, or none"),
+        ({"known": known[0][:1], "keep": keep[0][:1]}, "known has 12 values and keep 12: need 24"),
+        ({}, "the plan inpaints; give known and keep"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Served().submit(painted, 0, **wrong)
