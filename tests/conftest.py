@@ -174,6 +174,27 @@ def served(gaussian: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
+def masked_gaussian(gaussian: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`gaussian` with a label map, which is required."""
+    from masked import masked
+
+    return masked(gaussian, tmp_path_factory.mktemp("masked") / "gaussian")
+
+
+@pytest.fixture(scope="session")
+def labelled(masked_gaussian: Path) -> Any:
+    """As `served`, of `masked_gaussian`."""
+    from served import start
+
+    running = start(masked_gaussian)
+    try:
+        running.wait("ready: gaussian")
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture(scope="session")
 def generative_keys() -> Any:
     """`rename(state)`: a MONAI state dict under the GenerativeModels package's names, its unused proj_attn added."""
     import torch

@@ -14,8 +14,7 @@ import httpx
 import numpy as np
 import pytest
 from gateways import EVENTS, GENERATE, LIMITS, events, gateway, until
-from masked import masked
-from served import Served, start
+from served import Served
 
 from volcast.runtime.artifact import read_artifact
 from volcast.runtime.pipeline import Model, load
@@ -31,24 +30,8 @@ TURNED = np.array([[0, 1.5, 0, 3], [1, 0, 0, 7], [0, 0, -2, 9], [0, 0, 0, 1.0]])
 
 
 @pytest.fixture(scope="module")
-def artifact(gaussian: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return masked(gaussian, tmp_path_factory.mktemp("masked") / "gaussian")
-
-
-@pytest.fixture(scope="module")
-def labelled(artifact: Path) -> Iterator[Served]:
-    """A server of the model with a label map."""
-    running = start(artifact)
-    try:
-        running.wait("ready: gaussian")
-        yield running
-    finally:
-        running.stop()
-
-
-@pytest.fixture(scope="module")
-def opened(artifact: Path, labelled: Served) -> Iterator[Gateway]:
-    with gateway(artifact, labelled) as running:
+def opened(masked_gaussian: Path, labelled: Served) -> Iterator[Gateway]:
+    with gateway(masked_gaussian, labelled) as running:
         yield running
 
 
@@ -59,8 +42,8 @@ def client(opened: Gateway) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture(scope="module")
-def model(artifact: Path) -> Iterator[Model]:
-    with load(artifact, engine="onnxruntime", threads=1) as one:
+def model(masked_gaussian: Path) -> Iterator[Model]:
+    with load(masked_gaussian, engine="onnxruntime", threads=1) as one:
         yield one
 
 
@@ -144,8 +127,8 @@ def test_a_label_map_is_a_condition_and_places_the_volume(client: httpx.Client, 
 
 
 @pytest.fixture(scope="module")
-def reader(artifact: Path) -> BodyReader:
-    spec = read_artifact(artifact)
+def reader(masked_gaussian: Path) -> BodyReader:
+    spec = read_artifact(masked_gaussian)
     return BodyReader(spec, body_schema(spec), Limits(voxels=2 * 8 * 12 * 8))
 
 
@@ -201,12 +184,12 @@ def test_files_are_offered_where_the_model_takes_them(client: httpx.Client, gaus
     assert BodyReader(bare, body_schema(bare), LIMITS).most_bytes == LIMITS.body_bytes
 
 
-def test_only_files_may_be_large(artifact: Path, labelled: Served) -> None:
+def test_only_files_may_be_large(masked_gaussian: Path, labelled: Served) -> None:
     limits = Limits(rate=1e6, body_bytes=2**14, file_bytes=2**15)
     small, large = text(label_map()), text(image((16, 12, 8)), zipped=False)
     assert len(small) < 2**12 and 2**13 < len(large) < 2**14
     with (
-        gateway(artifact, labelled, limits=limits) as running,
+        gateway(masked_gaussian, labelled, limits=limits) as running,
         httpx.Client(base_url=running.url, timeout=60) as client,
     ):
 
@@ -224,12 +207,12 @@ def test_only_files_may_be_large(artifact: Path, labelled: Served) -> None:
         assert more.status_code == 413 and "need 32768 bytes or fewer" in more.text
 
 
-def test_what_is_held_for_all_callers_is_bounded(artifact: Path, labelled: Served) -> None:
+def test_what_is_held_for_all_callers_is_bounded(masked_gaussian: Path, labelled: Served) -> None:
     body = json.dumps({"steps": 1, "condition": {"mask": text(label_map(), zipped=False)}}).encode()
     limits = Limits(rate=1e6, held_bytes=int(1.5 * len(body)))
     head = f"POST {GENERATE} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body) + 1}\r\n\r\n"
     with (
-        gateway(artifact, labelled, limits=limits) as running,
+        gateway(masked_gaussian, labelled, limits=limits) as running,
         httpx.Client(base_url=running.url, timeout=60) as client,
     ):
         with socket.create_connection(("127.0.0.1", running.port), timeout=60) as slow:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import shutil
@@ -13,22 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 from gateways import gateway
-from PIL import Image
-from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
+from pages import KEY, PATIENCE_MS, ask, done, download, drawn, eventually, tab_to, visit
+from playwright.sync_api import Browser, FileChooser, Page, Route, expect, sync_playwright
 from served import Served
 
 from volcast.runtime.pipeline import load
-from volcast.runtime.volume import Volume, read_nifti
+from volcast.runtime.volume import Volume
 from volcast.triton_repo.gateway.keys import Keys
 from volcast.triton_repo.gateway.settings import Limits
 
-KEY = "0123456789abcdef-of-the-tests"
 CHROMIUM = shutil.which("chromium")
 QUIET = ["--no-sandbox", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
 WEBGL = ["--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
-PATIENCE_MS = 60_000
-"""Nothing here is timed; a slow machine may take this long for one thing."""
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
 ASKED: dict[str, Any] = {"steps": 12, "scheduler": "pndm", "guidance": 2.0, "condition": {"anterior": 0.25}}
@@ -65,24 +61,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(folder) if folder else tmp_path_factory.mktemp("pictures")
 
 
-def visit(browser: Browser, address: str, *, key: str | None = KEY, **context: Any) -> Page:
-    """A fresh tab on the page, the key given; a script's error or a breach of the CSP fails `quiet`."""
-    page = browser.new_context(**{"viewport": {"width": 1000, "height": 640}, **context}).new_page()
-    page.set_default_timeout(PATIENCE_MS)
-    faults: list[str] = []
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
-    page.faults = faults  # type: ignore[attr-defined]
-    page.goto(address)
-    if key is not None:
-        expect(page.locator("#key")).to_be_focused()
-        page.locator("#key").fill(key)
-        page.locator("#key").press("Enter")
-        expect(page.locator("#generate")).to_be_enabled()
-        expect(page.locator("#error")).to_be_hidden()
-    return page
-
-
 @pytest.fixture
 def page(browser: Browser, address: str) -> Iterator[Page]:
     page = visit(browser, address)
@@ -90,63 +68,6 @@ def page(browser: Browser, address: str) -> Iterator[Page]:
     page.context.close()
     # Chromium itself reports refused requests on the console.
     assert [fault for fault in page.faults if "Failed to load resource" not in fault] == []  # type: ignore[attr-defined]
-
-
-def ask(page: Page, seed: int = 3) -> None:
-    page.get_by_label("Steps").fill("12")
-    page.get_by_label("Scheduler").select_option("pndm")
-    page.get_by_label("Guidance").fill("2")
-    page.get_by_label("anterior", exact=True).fill("0.25")
-    page.get_by_label("Seed").fill(str(seed))
-    page.get_by_label("Seed").press("Enter")
-
-
-def done(page: Page) -> None:
-    expect(page.locator("#state")).to_contain_text("Done")
-
-
-def eventually(page: Page, condition: Callable[[], bool]) -> None:
-    for _ in range(PATIENCE_MS // 100):
-        if condition():
-            return
-        page.wait_for_timeout(100)
-    raise AssertionError("it never came true")
-
-
-def drawn(page: Page) -> np.ndarray:
-    """The canvas as grey levels, once it holds a volume."""
-
-    def look() -> np.ndarray:
-        shot = page.locator("#canvas").screenshot()
-        return np.asarray(Image.open(io.BytesIO(shot)).convert("L"))
-
-    expect(page.locator("#empty")).to_be_hidden()
-    # A black canvas with the crosshair and letters has some dozens of levels at their edges; an image has most of 256.
-    eventually(page, lambda: np.count_nonzero(np.bincount(look().ravel())) > 100)
-    return look()
-
-
-def download(page: Page, control: Locator) -> Volume:
-    with page.expect_download() as coming:
-        control.press("Enter")
-    name = coming.value.suggested_filename
-    path = Path(coming.value.path()).with_name(name)
-    coming.value.save_as(path)
-    return read_nifti(path)
-
-
-def tab_to(page: Page, control: Locator) -> None:
-    """Press Tab until `control` has the focus; all that has it on the way shows it."""
-    for _ in range(60):
-        page.keyboard.press("Tab")
-        # A radio button is drawn by its neighbour.
-        assert page.evaluate(
-            """() => [document.activeElement, document.activeElement.nextElementSibling].some(
-                (one) => one && getComputedStyle(one).outlineStyle === "solid")"""
-        ), page.evaluate("() => document.activeElement.outerHTML")
-        if control.evaluate("(one) => one === document.activeElement"):
-            return
-    raise AssertionError(f"Tab does not reach {control}")
 
 
 @needs_chromium
@@ -351,3 +272,78 @@ def test_without_webgl2_the_volume_can_be_downloaded(
     with load(gaussian, engine="onnxruntime", threads=1) as model:
         np.testing.assert_array_equal(found.array, model.sample(3, **ASKED).array)
     browser.close()
+
+
+@needs_chromium
+def test_an_image_and_a_label_map_are_chosen_by_keyboard(
+    browser: Browser, labelled: Served, masked_gaussian: Path, tmp_path: Path, pictures: Path
+) -> None:
+    affine = np.array([[1, 0, 0, -5], [0, 1.5, 0, 7], [0, 0, 2, 9], [0, 0, 0, 1.0]])
+    numbers = np.random.default_rng(0)
+    start = Volume(numbers.normal(size=(8, 12, 8)).astype(np.float32), affine, (1.0, 1.5, 2.0))
+    labels = Volume(numbers.integers(0, 3, (8, 12, 8)).astype(np.float32), affine, (1.0, 1.5, 2.0))
+    start.save(tmp_path / "scan.nii.gz")
+    labels.save(tmp_path / "labels.nii")
+    with gateway(masked_gaussian, labelled, drain_s=1) as running:
+        page = visit(browser, running.url, key=None)
+        expect(page.locator("#generate")).to_be_enabled()
+        expect(page.get_by_label("strength", exact=True)).to_be_hidden()
+        choosers: list[FileChooser] = []
+        page.on("filechooser", lambda one: choosers.append(one))
+        page.locator("body").press("Home")
+        for name, file in (("mask", "labels.nii"), ("Image", "scan.nii.gz")):
+            tab_to(page, page.get_by_label(name, exact=True))
+            page.keyboard.press("Enter")
+            eventually(page, lambda: bool(choosers))
+            choosers.pop().set_files(tmp_path / file)
+        expect(page.locator("#size-0")).to_be_disabled()
+        tab_to(page, page.get_by_role("button", name="Remove: Image"))
+        tab_to(page, page.get_by_label("strength, slider"))
+        page.keyboard.press("ArrowRight")
+        strength = float(page.get_by_label("strength", exact=True).input_value())
+        assert strength > 0.5
+        page.screenshot(path=pictures / "files.png", full_page=True)
+        page.get_by_label("Steps").fill("6")
+        page.get_by_label("Seed", exact=True).fill("9")
+        page.get_by_label("Seed", exact=True).press("Enter")
+        done(page)
+        expect(page.locator("#facts")).to_contain_text(
+            f"from scan.nii.gz with strength {strength:g}, mask labels.nii"
+        )
+        first = download(page, page.get_by_role("link", name="Download NIfTI"))
+        page.get_by_role("button", name="Remove: Image").press("Enter")
+        expect(page.get_by_label("Image", exact=True)).to_be_focused()
+        expect(page.locator("#size-0")).to_be_enabled()
+        page.get_by_role("button", name="Remove: mask").press("Enter")
+        page.get_by_role("button", name="Generate").press("Enter")
+        expect(page.get_by_label("mask", exact=True)).to_be_focused()  # it is required
+        page.get_by_role("button", name="Repeat: seed 9").press("Enter")
+        page.get_by_role("button", name="Generate").press("Enter")  # the files are the form's again
+        expect(page.locator("#records li")).to_have_count(2)
+        done(page)
+        second = download(page, page.get_by_role("link", name="Download NIfTI"))
+        assert page.faults == []  # type: ignore[attr-defined]
+        page.context.close()
+    with load(masked_gaussian, engine="onnxruntime", threads=1) as model:
+        alone = model.sample(9, steps=6, image=start, strength=strength, condition={"mask": labels})
+    for found in (first, second):
+        np.testing.assert_array_equal(found.array, alone.array)
+        np.testing.assert_array_equal(found.affine, affine)
+
+
+@needs_chromium
+def test_what_the_page_sends_as_a_file_is_refused_in_words(
+    browser: Browser, labelled: Served, masked_gaussian: Path
+) -> None:
+    with gateway(masked_gaussian, labelled, drain_s=1, limits=Limits(file_bytes=2**20)) as running:
+        page = visit(browser, running.url, key=None)
+        picker = page.get_by_label("mask", exact=True)
+        expect(page.locator("#generate")).to_be_enabled()
+        picker.set_input_files({"name": "large.nii", "mimeType": "", "buffer": bytes(2**20)})
+        page.get_by_role("button", name="Generate").press("Enter")
+        expect(picker).to_be_focused()
+        assert picker.evaluate("(one) => one.validationMessage") == "A file of up to 0.75 MiB"
+        picker.set_input_files({"name": "small.nii", "mimeType": "", "buffer": b"no file of this kind"})
+        page.get_by_role("button", name="Generate").press("Enter")
+        expect(page.get_by_role("alert")).to_contain_text("mask: the file ends early; send it whole")
+        page.context.close()

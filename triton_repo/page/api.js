@@ -1,5 +1,7 @@
 // What the gateway offers, as functions. Every error is an ApiError.
 
+import { packed } from "./files.js";
+
 const KEY = "volcast-key";
 
 export class ApiError extends Error {
@@ -25,12 +27,12 @@ export async function volume(url, signal) {
   return reach((await call(url, { signal })).blob());
 }
 
-/** The events of one request as `{event, data}`, until "end". Aborting `signal` cancels the request at the server. */
+/** The events of one request as `{event, data}`, until "end"; `body` may hold Files. Aborting `signal` cancels the request at the server. */
 export async function* generate(model, body, signal) {
   const response = await call(`/v1/models/${encodeURIComponent(model)}/generate`, {
     method: "POST",
     headers: { Accept: "text/event-stream", "Content-Type": "application/json" },
-    body: JSON.stringify(body),
+    body: JSON.stringify(await read(body)),
     signal,
   });
   for await (const { event, data } of events(response.body)) {
@@ -58,6 +60,14 @@ async function call(path, options = {}) {
     error = { code: "internal", message: `Status ${response.status}`, request_id: requestId };
   }
   throw new ApiError(error, after);
+}
+
+async function read(body) {
+  try {
+    return await packed(body);
+  } catch (error) {
+    throw new ApiError({ code: "invalid", message: error.message });
+  }
 }
 
 async function reach(promise) {

@@ -1,8 +1,11 @@
 // The form: what a model can be asked, and what the user asks.
 
 import { $, make, plain, short } from "./dom.js";
+import { picker, put } from "./files.js";
 
 const MOST_SEED = 2n ** 64n - 1n;
+const STRENGTH = 0.5;
+/** Unless another is given: the server's own, 1, would leave nothing of an image. */
 
 /** Fill the form for `model`, an entry of `GET /v1/models`. */
 export function show(model) {
@@ -17,7 +20,9 @@ export function show(model) {
   $("guidance-field").hidden = !model.guidance;
   $("guidance").value = "";
   limit($("guidance"), model.limits.guidance);
-  $("conditions").replaceChildren(...model.conditions.map(condition));
+  $("conditions").replaceChildren(...model.conditions.map((one) => condition(one, model.limits)));
+  $("start").replaceChildren(...(model.image ? [start(model)] : []));
+  $("size").disabled = false;
   const axes = model.default.size.map((size, axis) => {
     const label = `Axis ${axis + 1}`;
     const { minimum: min, maximum: max, multiple: step } = model.limits.size[axis];
@@ -27,7 +32,7 @@ export function show(model) {
   $("size").replaceChildren($("size").firstElementChild, make("div", { className: "triple" }, ...axes));
 }
 
-/** The body of `POST .../generate`. Null, with the field marked and focused, if a field is wrong. */
+/** The body of `POST .../generate`, with Files where it has files. Null, with the field marked and focused, if a field is wrong. */
 export function read(model) {
   const form = $("request");
   const seed = $("seed").value.trim();
@@ -43,11 +48,14 @@ export function read(model) {
   if (model.guidance && $("guidance").value) body.guidance = Number($("guidance").value);
   const previews = Number($("previews").value);
   if (previews) body.preview_every = Math.max(1, Math.ceil(steps / (previews + 1)));
+  const image = $("image")?.files[0];
+  if (image) Object.assign(body, { image, strength: Number($("field-strength").value) || STRENGTH });
   const sizes = model.default.size.map((size, axis) => Number($(`size-${axis}`).value) || size);
-  if (sizes.some((size, axis) => size !== model.default.size[axis])) body.size = sizes;
+  if (!image && sizes.some((size, axis) => size !== model.default.size[axis])) body.size = sizes;
   const given = [...$("conditions").querySelectorAll("[data-condition]")].filter((input) => input.value.trim());
+  const value = (input) => (input.type === "file" ? input.files[0] : JSON.parse(input.value));
   if (given.length) {
-    body.condition = Object.fromEntries(given.map((input) => [input.dataset.condition, JSON.parse(input.value)]));
+    body.condition = Object.fromEntries(given.map((input) => [input.dataset.condition, value(input)]));
   }
   return body;
 }
@@ -62,8 +70,16 @@ export function repeat(body, seed) {
   (body.size ?? []).forEach((size, axis) => ($(`size-${axis}`).value = size));
   for (const input of $("conditions").querySelectorAll("[data-condition]")) {
     const value = body.condition?.[input.dataset.condition];
-    input.value = value === undefined ? "" : JSON.stringify(value);
-    input.dispatchEvent(new Event("input"));
+    if (input.type === "file") put(input, value);
+    else {
+      input.value = value === undefined ? "" : JSON.stringify(value);
+      input.dispatchEvent(new Event("input"));
+    }
+  }
+  if ($("image")) {
+    put($("image"), body.image);
+    $("field-strength").value = body.strength ?? "";
+    $("field-strength").dispatchEvent(new Event("input"));
   }
 }
 
@@ -71,18 +87,40 @@ export function repeat(body, seed) {
 export function describe(body) {
   const words = [`${body.steps} steps`, body.scheduler];
   if (body.guidance !== undefined) words.push(`guidance ${short(body.guidance)}`);
+  if (body.image) words.push(`from ${body.image.name} with strength ${short(body.strength)}`);
   for (const [name, value] of Object.entries(body.condition ?? {})) {
-    words.push(typeof value === "number" ? `${plain(name)} ${short(value)}` : `${plain(name)} given`);
+    words.push(`${plain(name)} ${typeof value === "number" ? short(value) : (value.name ?? "given")}`);
   }
   if (body.size) words.push(`latent ${body.size.join(" × ")}`);
   return words.join(", ");
 }
 
-function condition(one) {
+function condition(one, limits) {
   const title = one.description || plain(one.name);
   const group = make("fieldset", {}, make("legend", {}, title));
-  group.append(...(one.fields.length ? one.fields.map(number) : [whole(one)]));
+  group.append(...(one.fields.length ? one.fields.map(number) : [one.file ? file(one, limits) : whole(one)]));
   return group;
+}
+
+/** An image to start from, and how far it is noised. */
+function start({ limits, volume }) {
+  const description = "how far it is noised; 1 leaves nothing of it";
+  const strength = number({ name: "strength", low: 0.01, high: 1, step: 0.01, default: STRENGTH, description });
+  const hint = `NIfTI, of ${volume.shape.join(" × ")} voxels or another size that the model takes; the volume lies where it does`;
+  const image = picker({ id: "image", label: "Image", hint, most: limits.file_bytes }, (chosen) => {
+    strength.hidden = !chosen;
+    $("size").disabled = Boolean(chosen); // it follows from the image
+  });
+  strength.hidden = true;
+  return make("fieldset", {}, make("legend", {}, "Start from an image"), image, strength);
+}
+
+/** A condition that is a volume: a label map, or an image. */
+function file(one, limits) {
+  const labels = one.labels.map((label, value) => `${value} ${label}`).join(", ");
+  const hint = `NIfTI on the model's grid${labels && `: ${labels}`}`;
+  const properties = { id: `condition-${one.name}`, label: plain(one.name), required: one.required, "data-condition": one.name };
+  return picker({ ...properties, hint, most: limits.file_bytes });
 }
 
 function number(field) {
@@ -95,7 +133,7 @@ function number(field) {
     placeholder: fixed ? short(field.default) : "default", "aria-describedby": hint.id, "data-condition": field.name,
   });
   const slider = make("input", {
-    type: "range", min: field.low, max: field.high, step: (field.high - field.low) / 100,
+    type: "range", min: field.low, max: field.high, step: field.step ?? (field.high - field.low) / 100,
     "aria-label": `${plain(field.name)}, slider`,
   });
   const middle = fixed ? field.default : (field.low + field.high) / 2;
