@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from volcast.export.bundle_conditions import described_conditions, network_conditions
+from volcast.export.bundle_conditions import described_conditions, network_conditions, read_notes
 from volcast.export.bundle_config import Config, shown
 from volcast.export.bundle_expression import WeightFile, is_number
 from volcast.export.bundle_low_res import LowRes, plan_low_res
@@ -23,7 +23,9 @@ from volcast.export.networks import Control
 from volcast.export.text_encoder import ClipTextEncoder, TextPlan, plan_text
 from volcast.export.weights import LargeFiles, digest, entry, read_checkpoint, scalar, state_dict
 from volcast.export.weights_keys import is_generative, load_weights
-from volcast.runtime.spec import ConditionSpec, IntensitySpec, LowResSpec, SchedulerSpec
+from volcast.runtime.intensity import IntensitySpec
+from volcast.runtime.quality import QualityBudget
+from volcast.runtime.spec import ConditionSpec, LowResSpec, SchedulerSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,7 @@ class Bundle:
     low_res: LowResSpec | None = None
     intensity: IntensitySpec | None = None
     text_encoder: ClipTextEncoder | None = None
+    quality: QualityBudget | None = None
 
 
 def read_bundle(
@@ -72,7 +75,8 @@ def read_bundle(
     low_res = plan_low_res(plan.config, plan.unet.arguments, latent_shape[0])
     text = plan_text(plan.config, plan.root, plan.unet.arguments)
     conditions = _conditions(plan, latent_shape[0], low_res, text)
-    masks = plan_masks(plan.unet, plan.autoencoder, plan.controls, read_labels(plan.config, _notes(plan)))
+    notes = _notes(plan)
+    masks = plan_masks(plan.unet, plan.autoencoder, plan.controls, read_labels(plan.config, notes))
     spacing, found_spacing = read_spacing(plan.config, plan.unet.arguments["spatial_dims"])
     files = LargeFiles(plan.root)
     unet = _load(plan, "unet", plan.unet, files)
@@ -97,6 +101,7 @@ def read_bundle(
         low_res=None if low_res is None else low_res.spec,
         intensity=intensity,
         text_encoder=encoder,
+        quality=None if notes is None else read_notes(notes).quality,
         provenance={
             **plan.provenance,
             **unet.provenance,

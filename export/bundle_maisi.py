@@ -8,7 +8,8 @@ from monai.apps.generation.maisi.networks.autoencoderkl_maisi import Autoencoder
 
 from volcast.export.bundle_config import Config, shown, validated
 from volcast.export.bundle_networks import NetworkPlan
-from volcast.runtime.spec import ConditionField, ConditionSpec, IntensitySpec
+from volcast.runtime.intensity import IntensitySpec
+from volcast.runtime.spec import ConditionField, ConditionSpec
 
 # scripts/sample.py and diff_model_infer.py multiply one-hot regions and millimetres by 100.
 FACTOR = 100.0

@@ -42,7 +42,7 @@ def parse_conditions(
     return values
 
 
-def mask_texts(spec: ArtifactSpec, paths: Iterable[str]) -> list[str]:
+def mask_texts(spec: Manifest, paths: Iterable[str]) -> list[str]:
     """`FILE` or `NAME=FILE` of label maps as conditions; without a name the model's only one.
 
     Raises ValueError: the model takes none, or several and this one has no name.
@@ -103,11 +103,10 @@ def _numbers(spec: Manifest | None, name: str, text: str) -> float | NDArray[np.
 
 
 def _read_nifti(spec: Manifest | None, name: str, path: str) -> Volume:
-    diffusion = spec if isinstance(spec, ArtifactSpec) else None
-    if diffusion is not None and diffusion.low_res is not None and name == LOW_RES:
-        volume = read_on_grid(path, diffusion, enlargement(diffusion))
+    if isinstance(spec, ArtifactSpec) and spec.low_res is not None and name == LOW_RES:
+        volume = read_on_grid(path, spec, enlargement(spec))
     else:
-        volume = read_on_grid(path, diffusion)
+        volume = read_on_grid(path, spec)
     shape = next((one.shape for one in (() if spec is None else spec.conditions) if one.name == name), ())
     if len(shape) == volume.array.ndim + 1 and shape[0] == 1:
         return Volume(volume.array[None], volume.affine, volume.spacing_mm)

@@ -57,10 +57,14 @@ def _model(spec: Manifest) -> list[str]:
     assert isinstance(spec, ArtifactSpec)
     schedule = spec.scheduler.noise_schedule
     how = f"{spec.scheduler.steps} of {schedule.num_train_timesteps} steps, {schedule.schedule}"
-    return [
+    lines = [
         f"latent {_shape(spec.latent_shape)}, {voxels}, scale factor {spec.scale_factor:g}",
         f"scheduler {spec.scheduler.scheduler}, {how}, {spec.scheduler.prediction_type}",
     ]
+    if spec.intensity is not None:
+        low, high = spec.intensity.written
+        lines.append(f"intensities {low:g}..{high:g} {spec.intensity.unit}, clipped")
+    return lines
 
 
 def _program(name: str, program: ProgramSpec, size: int) -> str:
@@ -77,6 +81,7 @@ def _tensor(tensor: TensorSpec) -> str:
 def _field(field: ConditionField) -> str:
     default = "by the other fields" if isinstance(field.default, Ratio) else f"{field.default:g}"
     text = f" {field.description}" if field.description else ""
+    text += f" (the network is shown {field.factor:g} times it)" if field.factor != 1 else ""
     return f"    {field.name}: {field.minimum:g}..{field.maximum:g}, default {default}{text}"
 
 

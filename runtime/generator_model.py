@@ -93,6 +93,10 @@ class GeneratorModel:
         style = None if image is None else self.encode(image)
         parts = [range(first, min(first + batch, n)) for first in range(0, n, batch)]
         places = [value for one in given for value in one.values() if isinstance(value, Volume)]
+        if any((place.affine != places[0].affine).any() for place in places):
+            raise ValueError(
+                "[sample] the conditions lie in different places (affine): sample them one by one"
+            )
         return self._run(parts, seed, values, style, places, on_step or (lambda done, total: None))
 
     def encode(self, image: Image) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

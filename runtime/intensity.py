@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, final
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 
-from .spec import IntensitySpec
+from .frozen import Finite, Frozen
 
 Images = NDArray[np.float32]
+
+
+@final
+class IntensitySpec(Frozen):
+    """What the network's intensities are in volumes as they are written and given: `network[0]..network[1]` becomes
+    `written[0]..written[1]`, linearly, clipped at both ends (MAISI: 0..1 and -1000..1000 HU).
+
+    `written` lies in int16, as CT is stored: a volume may be rounded to whole numbers and none overflows.
+    """
+
+    network: tuple[Finite, Finite]
+    written: tuple[Finite, Finite]
+    unit: Annotated[str, Field(min_length=1, max_length=20)]
+
+    @model_validator(mode="after")
+    def _rising(self) -> IntensitySpec:
+        if self.network[0] >= self.network[1] or not -(2**15) <= self.written[0] < self.written[1] < 2**15:
+            raise ValueError(
+                f"network {self.network} to written {self.written}: need rising pairs, the second within int16"
+            )
+        return self
 
 
 def written(spec: IntensitySpec | None, images: NDArray[Any]) -> Images:

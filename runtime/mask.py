@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .spec import ArtifactSpec
+from .spec import Manifest
 from .volume import Volume, load_nifti
 
 SPACING_TOLERANCE = 0.01
@@ -17,7 +17,7 @@ SPACING_TOLERANCE = 0.01
 
 
 def read_on_grid(
-    path: str | os.PathLike[str], spec: ArtifactSpec | None, coarser: Sequence[int] = (1, 1, 1)
+    path: str | os.PathLike[str], spec: Manifest | None, coarser: Sequence[int] = (1, 1, 1)
 ) -> Volume:
     """The label map or image in a NIfTI file, `[i, j, k]` (a 2D model's: `[i, j]`), with its affine.
 
@@ -35,14 +35,14 @@ def on_grid(
     where: str,
     header: Any,
     array: NDArray[np.float32],
-    spec: ArtifactSpec | None,
+    spec: Manifest | None,
     coarser: Sequence[int] = (1, 1, 1),
 ) -> Volume:
     """`read_on_grid` of what was read: nibabel's `header` of a NIfTI file, and its numbers. Errors begin with `where`."""
     import nibabel
 
     affine = header.get_best_affine()
-    dims = 3 if spec is None else len(spec.latent_shape) - 1
+    dims = 3 if spec is None else len(spec.spacing_mm)
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or (dims == 2 and array.shape[2] != 1):

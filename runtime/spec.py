@@ -17,6 +17,7 @@ from .frozen import Finite as Finite
 from .frozen import Frozen as Frozen
 from .frozen import Identifier as Identifier
 from .frozen import PositiveInt as PositiveInt
+from .intensity import IntensitySpec
 from .quality import QualityBudget
 
 FORMAT = 1
@@ -192,6 +193,7 @@ class SchedulerSpec(Frozen):
 LOW_RES, LEVEL, TAU = "low_res", "noise_level", "tau"
 """An upscaler's conditions: its low-resolution image, and `tau`, whose only field is the noise level."""
 
+
 class LowResSpec(Frozen):
     """How an upscaler's low-resolution image is noised before sampling: level tau is this schedule's timestep tau."""
 
@@ -203,26 +205,6 @@ class Ratio(Frozen):
 
     numerator: dict[str, Finite]
     denominator: dict[str, Finite]
-
-
-class IntensitySpec(Frozen):
-    """What the network's intensities are in volumes as they are written and given: `network[0]..network[1]` becomes
-    `written[0]..written[1]`, linearly, clipped at both ends (MAISI: 0..1 and -1000..1000 HU).
-
-    `written` lies in int16, as CT is stored: a volume may be rounded to whole numbers and none overflows.
-    """
-
-    network: tuple[Finite, Finite]
-    written: tuple[Finite, Finite]
-    unit: Annotated[str, Field(min_length=1, max_length=20)]
-
-    @model_validator(mode="after")
-    def _rising(self) -> IntensitySpec:
-        if self.network[0] >= self.network[1] or not -(2**15) <= self.written[0] < self.written[1] < 2**15:
-            raise ValueError(
-                f"network {self.network} to written {self.written}: need rising pairs, the second within int16"
-            )
-        return self
 
 
 class ConditionField(Frozen):
@@ -303,7 +285,8 @@ class Manifest(Frozen):
     precision: Annotated[Precision | Literal["int8"], BeforeValidator(_known_precision)]
     axes: tuple[Axis, ...]
     programs: dict[
-        Literal["schedule", "prepare", "step", "step_deep", "step_shallow", "decode", "encode", "gradient"], ProgramSpec
+        Literal["schedule", "prepare", "step", "step_deep", "step_shallow", "decode", "encode", "gradient"],
+        ProgramSpec,
     ]
     spacing_mm: Annotated[
         tuple[Annotated[float, Field(gt=0, le=1000)], ...], Field(min_length=2, max_length=3)
@@ -372,7 +355,11 @@ class ArtifactSpec(Manifest):
         if LOW_RES not in found or len(found[LOW_RES].shape) != len(self.latent_shape):
             raise ValueError(f"low_res needs a condition {LOW_RES} of the latent's rank")
         fields = found[TAU].fields if TAU in found else ()
-        if len(fields) != 1 or found[TAU].dtype != "int64" or not 0 <= fields[0].minimum <= fields[0].maximum < levels:
+        if (
+            len(fields) != 1
+            or found[TAU].dtype != "int64"
+            or not 0 <= fields[0].minimum <= fields[0].maximum < levels
+        ):
             raise ValueError(f"low_res needs a whole number {TAU} with one field, within 0..{levels - 1}")
         return self
 

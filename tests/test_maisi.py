@@ -21,10 +21,9 @@ from volcast.export.bundle_maisi import CT, plan_intensity
 from volcast.export.bundle_plan import plan_bundle
 from volcast.export.verify import verify
 from volcast.runtime.artifact import read_artifact
-from volcast.runtime.intensity import of_network, written
+from volcast.runtime.intensity import IntensitySpec, of_network, written
 from volcast.runtime.noise import request_noise
 from volcast.runtime.pipeline import load
-from volcast.runtime.spec import IntensitySpec
 
 LEVELS = {
     "num_channels": [32, 64],

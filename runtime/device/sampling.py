@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from volcast import _core
 from volcast.kernels import plan_table
-from volcast.runtime.intensity import written
+from volcast.runtime.intensity import IntensitySpec, written
 from volcast.runtime.job import Job
 from volcast.runtime.memory import PeakMemory
 from volcast.runtime.programs import Programs
 from volcast.runtime.report import Report, Stopwatch
 from volcast.runtime.sampling import Images, Sampler, Watch, first_latent, prepared, schedule_rows
-from volcast.runtime.spec import ArtifactSpec, IntensitySpec
+from volcast.runtime.spec import ArtifactSpec
 
 from .decoding import Decoding, open_decoder
 from .device import Device
