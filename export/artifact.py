@@ -66,6 +66,7 @@ def export_bundle(
             conditions=bundle.conditions,
             slabs=slabs,
             low_res=bundle.low_res,
+            quality=bundle.quality,
             intensity=bundle.intensity,
             provenance=provenance,
             files=digests(temporary),

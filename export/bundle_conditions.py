@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from volcast.export.bundle_config import read_data, validated
+from volcast.runtime.quality import QualityBudget
 from volcast.runtime.spec import ConditionSpec, Frozen
 
 SPATIAL_AXES = ("d0", "d1", "d2")
@@ -24,6 +25,7 @@ class BundleNotes(Frozen):
 
     conditions: tuple[ConditionSpec, ...]
     labels: tuple[str, ...] = ()
+    quality: QualityBudget | None = None
 
 
 def read_notes(path: Path) -> BundleNotes:

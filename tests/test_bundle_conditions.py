@@ -1,11 +1,15 @@
 """Conditions from constructors: the forward pass of MONAI's network takes exactly these tensors."""
 
 import json
+import shutil
 
 import pytest
 
+from volcast.export.bundle import read_bundle
 from volcast.export.bundle_conditions import described_conditions, network_conditions
 from volcast.export.bundle_networks import plan_network
+from volcast.runtime.default_artifact import BUNDLE
+from volcast.runtime.quality import QualityBudget
 
 UNET = {"spatial_dims": 2, "in_channels": 3, "out_channels": 3, "channels": [32], "attention_levels": [True]}
 
@@ -91,3 +95,16 @@ def test_conditions_of_another_network_are_left_out_where_one_was_chosen(tmp_pat
     assert described_conditions(tmp_path / "volcast.json", (), others=True) == ()
     with pytest.raises(ValueError, match="do not match the network's \\(none\\)"):
         described_conditions(tmp_path / "volcast.json", ())
+
+
+def test_a_budget_of_quality_is_the_bundle_s(tmp_path):
+    """`quality` in volcast.json goes into the manifest; a part that is left out keeps its default."""
+    folder = shutil.copytree(BUNDLE, tmp_path / "bundle")
+    assert read_bundle(folder).quality is None
+    path = folder / "configs" / "volcast.json"
+    notes = json.loads(path.read_text())
+    path.write_text(json.dumps({**notes, "quality": {"ms_ssim": 0.95}}))
+    assert read_bundle(folder).quality == QualityBudget(ms_ssim=0.95, frechet=1, real=1.1, diversity=0.9)
+    path.write_text(json.dumps({**notes, "quality": {"ms_ssim": 2}}))
+    with pytest.raises(ValueError, match="quality.ms_ssim"):
+        read_bundle(folder)

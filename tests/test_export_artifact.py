@@ -24,6 +24,7 @@ from volcast.runtime.engine_auto import open_engine
 from volcast.runtime.noise import request_noise
 from volcast.runtime.pipeline import load
 from volcast.runtime.programs import Programs
+from volcast.runtime.quality import QualityBudget
 from volcast.runtime.spec import ArtifactSpec, ConditionSpec, Precision, SchedulerSpec
 
 ZOO = ["brats_3d", "brats_2d", "brain_ldm", "maisi_rflow"]
@@ -115,9 +116,11 @@ def test_class_labels_reach_the_network(tmp_path: Path) -> None:
     bundle = Bundle(
         name="classes", unet=unet, autoencoder=None, scheduler=SchedulerSpec(), scale_factor=1.0,
         latent_shape=(1, 8, 8), spacing_mm=(1.0, 1.0), conditions=(labels,), provenance={},
+        quality=QualityBudget(ms_ssim=0.9),
     )  # fmt: skip
     export_bundle(bundle, tmp_path / "artifact")
     model = load(tmp_path / "artifact", engine="onnxruntime")
+    assert model.spec.quality == QualityBudget(ms_ssim=0.9)
     made = model.sample(steps=1, condition={"class_labels": 1}, compat="monai-1.6").array
     scheduler = DDIMScheduler(num_train_timesteps=1000, clip_sample=False)
     scheduler.set_timesteps(1)
