@@ -24,7 +24,7 @@ Plan make_repaint(const Plan& plan, std::int64_t resamples, std::int64_t jump_le
           " remembers earlier steps, which a jump makes wrong; need ddim, ddpm or rflow");
     check(resamples >= 1 && resamples <= 1000, "repaint", "resamples=", resamples, ": need 1..1000");
     check(jump_length >= 1 && (jump_length < size || resamples == 1), "repaint", "jump_length=", jump_length,
-          ": need 1..", size - 1, ", less than the plan's rows");
+          ": need 1..", size - 1, ", less than the plan's rows, or resamples=1");
     for (std::size_t i = 0; i < plan.rows.size(); ++i) {
         check(level(plan, i + 1).sigma <= level(plan, i).sigma, "repaint", plan.method,
               " adds noise at row ", i, ": an inversion cannot inpaint");
