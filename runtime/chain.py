@@ -201,6 +201,12 @@ def _check_fit(before: ArtifactSpec, after: ArtifactSpec) -> None:
             f"{where} it takes {wanted[0]} channels of {len(wanted) - 1} axes, the samples before it have "
             f"{output_channels(before)} of {len(before.spacing_mm)}; export models that fit"
         )
+    written = [None if spec.intensity is None else spec.intensity.written for spec in (before, after)]
+    if written[0] != written[1]:
+        raise ValueError(
+            f"{where} it takes intensities of {_range(written[1])}, those before it are of {_range(written[0])}; export "
+            "both with the same --set intensity"
+        )
     coarse = [size * factor for size, factor in zip(after.spacing_mm, enlargement(after), strict=True)]
     known = all(spec.provenance.get("spacing_mm") != "assumed 1 mm" for spec in (before, after))
     if known and not np.allclose(before.spacing_mm, coarse, rtol=SPACING_TOLERANCE, atol=0):
@@ -208,3 +214,7 @@ def _check_fit(before: ArtifactSpec, after: ArtifactSpec) -> None:
             f"{where} it takes voxels of {' x '.join(f'{one:g}' for one in coarse)} mm, those before it have "
             f"{' x '.join(f'{one:g}' for one in before.spacing_mm)}; export models that fit"
         )
+
+
+def _range(written: tuple[float, float] | None) -> str:
+    return "the network's own" if written is None else f"{written[0]:g}..{written[1]:g}"

@@ -13,6 +13,7 @@ from volcast import _core
 
 from . import conditions
 from .inpaint import Known
+from .intensity import IntensitySpec
 from .low_res import low_res_size, noised_low_res, with_channels
 from .request import SAMPLES_OF_A_SEED, Request
 from .sampler import make_plan
@@ -32,7 +33,8 @@ class Job:
     conditional: the conditions by name, without a batch axis, of each sample, or one for all.
     unconditional: the same for guidance's other branch; None without guidance.
     weights: of a guidance sweep, else empty. With k of them volume v of the job is sample v // k at weight v % k.
-    low_res: an upscaler's; the low-resolution images of `conditional` and `unconditional` have no noise yet.
+    low_res, intensity: an upscaler's; the low-resolution images of `conditional` and `unconditional` have no noise yet,
+        and the intensities of volumes.
     known: what stays of an image, where the plan inpaints; else None.
     """
 
@@ -45,6 +47,7 @@ class Job:
     weights: tuple[float, ...] = ()
     known: Known | None = None
     low_res: LowResSpec | None = None
+    intensity: IntensitySpec | None = None
 
     @property
     def alike(self) -> bool:
@@ -75,7 +78,7 @@ class Job:
         stacked = stack(values, [int(i) for i in samples])
         if self.low_res is None:
             return stacked
-        return noised_low_res(self.low_res, stacked, self.request.seed, samples)
+        return noised_low_res(self.low_res, self.intensity, stacked, self.request.seed, samples)
 
 
 def make_job(
@@ -140,6 +143,7 @@ def make_job(
         unconditional=unconditional,
         weights=weights,
         low_res=spec.low_res,
+        intensity=spec.intensity,
     )
 
 

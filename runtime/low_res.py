@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from volcast import _core
 
+from .intensity import IntensitySpec, of_network
 from .sampler import make_schedule
 from .sizes import latent_sizes, related_sizes
 from .spec import LOW_RES, TAU, ArtifactSpec, LowResSpec
@@ -26,13 +27,18 @@ NOISE_STEP = 2**32 - 1
 
 
 def noised_low_res(
-    spec: LowResSpec, values: Mapping[str, Array], seed: int, samples: NDArray[np.uint64]
+    spec: LowResSpec,
+    intensity: IntensitySpec | None,
+    values: Mapping[str, Array],
+    seed: int,
+    samples: NDArray[np.uint64],
 ) -> dict[str, Array]:
     """`values`, conditions `[N, ...]` by name, with each sample's low-resolution image brought to its noise level.
 
+    y is the image in the network's intensities; the network is shown
     sqrt(alpha_bar) y + sqrt(1 - alpha_bar) n at the level's timestep, in float64, rounded once; n by (seed, sample).
     """
-    image = values[LOW_RES].astype(np.float64)
+    image = of_network(intensity, values[LOW_RES]).astype(np.float64)
     seeds = np.full(len(image), seed, np.uint64)
     noise = _core.normal(seeds, samples, NOISE_STEP, image.shape[1:], np.dtype(np.float32))
     kept = make_schedule(spec.noise_schedule).alphas_cumprod[values[TAU].astype(np.int64)]

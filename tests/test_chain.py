@@ -142,6 +142,12 @@ def test_artifacts_that_do_not_fit(gaussian: Path, upscaler: Path, tmp_path: Pat
     other = changed(upscaler, tmp_path / "other", spacing_mm=[1.0, 1.5, 2.0])
     with pytest.raises(ValueError, match="takes voxels of 2 x 3 x 4 mm, those before it have 1 x 1.5 x 2"):
         volcast.chain([gaussian, other])
+    hounsfield = {"network": [0, 1], "written": [-1000, 1000], "unit": "HU"}
+    ct = changed(gaussian, tmp_path / "ct", intensity=hounsfield)
+    with pytest.raises(
+        ValueError, match=r"takes intensities of the network's own, those before it are of -1000\.\.1000"
+    ):
+        volcast.chain([ct, upscaler])
     pixels = json.loads((gaussian / "manifest.json").read_text())["programs"]
     two = changed(
         gaussian,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -218,3 +220,17 @@ def test_the_scheduler_of_the_model_may_noise_the_image_too(folder: Path) -> Non
     assert bundle.low_res is not None
     assert bundle.low_res.noise_schedule == bundle.scheduler.noise_schedule
     assert read_artifact(folder / "artifact").low_res != bundle.low_res
+
+
+def test_an_image_in_hounsfield_units_comes_to_the_network_s_intensities(
+    folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder / "artifact", tmp_path / "ct")
+    manifest = json.loads((tmp_path / "ct" / "manifest.json").read_text())
+    manifest["intensity"] = {"network": [0, 1], "written": [-1000, 1000], "unit": "HU"}
+    (tmp_path / "ct" / "manifest.json").write_text(json.dumps(manifest))
+    quarters = np.round(LOW_RES * 4) / 4  # whole in float32, both ways
+    own, ct = (load(one, "onnxruntime", threads=1) for one in (folder / "artifact", tmp_path / "ct"))
+    volume = own.sample(steps=1, condition={"low_res": quarters}).array
+    units = ct.sample(steps=1, condition={"low_res": quarters * 2000 - 1000}).array
+    np.testing.assert_allclose(units, np.clip(volume, 0, 1) * 2000 - 1000, atol=1e-3)
