@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -209,6 +210,14 @@ def test_a_gateway_of_its_own_before_a_server(gaussian: Path, served: Served) ->
         finally:
             process.kill()
     assert (line["request_id"], line["status"], line["steps"], line["volumes"]) == ("mine", 200, 2, 1)
+
+
+def test_answers_wait_for_no_acknowledgement(gaussian: Path, served: Served) -> None:
+    with gateway(gaussian, served) as running, httpx.Client(base_url=running.url, timeout=60) as client:
+        assert client.get("/health/live").status_code == 200  # and its connection stays open
+        (one,) = running._server.server_state.connections
+        opened = one.transport.get_extra_info("socket")
+        assert opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
 
 
 def test_a_port_in_use_is_named(gaussian: Path, served: Served) -> None:
