@@ -91,8 +91,7 @@ def likelihood_terms(
     if programs.memory is not None:
         programs.memory.check(job_sizes(spec, job, 1))
     rows = schedule_rows(programs, job)
-    values = {name: np.asarray(value)[None] for name, value in job.conditional[0].items()}
-    given = prepared(spec, programs, values)
+    given = prepared(spec, programs, job.conditions(range(1)))
     shapes = {name: value.shape for name, value in given.items()}
     step = programs.open("step", {"x": x0.shape, "row": (1, *rows.shape[1:]), **shapes})
     network = Denoiser(step, rows, {_core.Branch.CONDITIONAL: given})

@@ -94,6 +94,8 @@ def find_anomaly(
     if unknown:
         raise ValueError(f"[anomaly] unknown {unknown}; known: {', '.join(Inversion.__annotations__)}")
     check_host(engine, "anomaly")
+    if spec.low_res is not None:
+        raise ValueError(f"[anomaly] {spec.name} is an upscaler; give a model of whole images")
     pixels = image_array(spec, image, "anomaly")
     condition, observed, classifier = how.get("condition"), how.get("observed"), how.get("classifier")
     settings: Settings = {
