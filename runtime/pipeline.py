@@ -205,8 +205,8 @@ class Model:
             self.encode, seed, n, batch, condition, negative, size, image, inpaint, settings, weights
         )
         check_reuse(
-            self.spec, job, self.engine.name, able=self._sampler.reuses, limited=self._memory is not None
-        )
+            self.spec, job.request, self.engine.name, able=self._sampler.reuses, limited=self._memory is not None
+        )  # fmt: skip
         every = self._every(preview_every) if on_preview is not None else 0
         watch = Watch(on_step=on_step, on_preview=on_preview, preview_every=every)
         if self._memory is not None:

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from volcast import _core
 
 from .engine import Program
-from .job import Job
 from .programs import Programs
 from .request import Request
 from .spec import ArtifactSpec
@@ -64,11 +63,11 @@ class ReusingDenoiser:
         return found["out"]
 
 
-def check_reuse(spec: ArtifactSpec, job: Job, engine: str, *, able: bool, limited: bool) -> None:
-    """ValueError: a job reuses features where it cannot. `able`: the engine's loop is; `limited`: by a memory limit."""
-    if job.request.reuse == 1:
+def check_reuse(spec: ArtifactSpec, request: Request, engine: str, *, able: bool, limited: bool) -> None:
+    """ValueError: a request reuses features where it cannot. `able`: the engine's loop is; `limited`: by a memory limit."""
+    if request.reuse == 1:
         return
-    asked = f"[sample] reuse={job.request.reuse}"
+    asked = f"[sample] reuse={request.reuse}"
     if not spec.reuses:
         raise ValueError(
             f"{asked}: {spec.name} has no programs for it; export it with `volcast export BUNDLE --reuse`"
@@ -77,10 +76,6 @@ def check_reuse(spec: ArtifactSpec, job: Job, engine: str, *, able: bool, limite
         raise ValueError(f"{asked}: the engine {engine} has no loop for it; take openvino or onnxruntime")
     if limited:
         raise ValueError(f"{asked}: no memory limit is kept with it; load the model without one")
-    if job.known is not None:
-        raise ValueError(
-            f"{asked}: inpainting jumps back to more noise, where a kept feature is wrong; leave it out"
-        )
 
 
 def refuse_reuse(request: Request, operation: str, instead: str) -> None:

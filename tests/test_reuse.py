@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+import runpy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
 
+import nibabel
 import numpy as np
 import onnx
 import pytest
@@ -15,12 +17,17 @@ import torch
 from deep_cache import DeepCache
 from monai.networks.nets import DiffusionModelUNet
 from monai.networks.schedulers import DDIMScheduler
+from PIL import Image
 from test_passes import randomise
 
+from volcast.__main__ import app
+from volcast.benchmarks import reuse as benchmark
 from volcast.export.artifact import export_bundle
 from volcast.export.bundle import Bundle
+from volcast.export.calibration import draw_condition
+from volcast.export.frechet import frechet
 from volcast.export.quantize import quantize
-from volcast.export.similarity import relative_l2
+from volcast.export.similarity import psnr, relative_l2
 from volcast.runtime.artifact import read_artifact
 from volcast.runtime.engine import Engine, Program
 from volcast.runtime.engine_auto import open_engine
@@ -30,10 +37,14 @@ from volcast.runtime.noise import request_noise
 from volcast.runtime.pipeline import Model, load
 from volcast.runtime.programs import Programs
 from volcast.runtime.sampling import HostLoop, HostSampler, Sampler
-from volcast.runtime.spec import ArtifactSpec, ConditionSpec, ProgramSpec, SchedulerSpec
+from volcast.runtime.spec import ArtifactSpec, ConditionField, ConditionSpec, ProgramSpec, SchedulerSpec
 
 SHAPE, STEPS, SEED = (1, 4, 8, 4), 7, 5
 CONTEXT, NULL = (0.3, 0.7), -1.0
+FIELDS = tuple(
+    ConditionField(name=name, minimum=0, maximum=1, default=value)
+    for name, value in zip(("front", "back"), CONTEXT, strict=True)
+)
 BOUND = 2**-24 * math.sqrt(864 * 20) * 6 * math.pi / 2
 """Float32 sums in another order, as `export/verification` derives it, here of 864 terms in 20 layers: 7e-5."""
 
@@ -53,7 +64,7 @@ def folder(shared_folder: Any) -> Path:
     bundle = Bundle(
         name="small", unet=make_unet(), autoencoder=None, scheduler=SchedulerSpec(), scale_factor=1.0,
         latent_shape=SHAPE, spacing_mm=(1.0, 1.0, 1.0), provenance={},
-        conditions=(ConditionSpec(name="context", shape=(1, 2), unconditional=NULL),),
+        conditions=(ConditionSpec(name="context", shape=(1, 2), fields=FIELDS, unconditional=NULL),),
     )  # fmt: skip
     return shared_folder("reuse", lambda place: export_bundle(bundle, place, reuse=True))
 
@@ -69,7 +80,6 @@ def sampled(model: Model, **settings: Any) -> np.ndarray:
         SEED,
         batch=2,
         steps=STEPS,
-        condition={"context": np.array([CONTEXT])},
         compat="monai-1.6",
         **settings,
     )
@@ -106,7 +116,7 @@ def test_it_is_deep_cache(folder: Path, engine: str, guidance: float | None) -> 
 
 def test_a_sweep_of_weights_keeps_both_branches(model: Model) -> None:
     swept = model.sample_many(
-        1, SEED, batch=2, steps=STEPS, condition={"context": np.array([CONTEXT])}, compat="monai-1.6",
+        1, SEED, batch=2, steps=STEPS, compat="monai-1.6",
         guidance=(1.0, 3.0), reuse=3,
     )  # fmt: skip
     found = [volume.array for volume in swept]
@@ -194,7 +204,7 @@ class Elsewhere(Engine):
 
 def test_what_cannot_reuse_says_so(folder: Path, model: Model, gaussian: Path, tmp_path: Path) -> None:
     spec = read_artifact(folder)
-    asked: dict[str, Any] = {"steps": 2, "reuse": 2, "condition": {"context": np.array([CONTEXT])}}
+    asked: dict[str, Any] = {"steps": 2, "reuse": 2}
     with pytest.raises(
         ValueError, match=r"reuse=2: gaussian has no programs for it; .*export BUNDLE --reuse"
     ):
@@ -210,7 +220,7 @@ def test_what_cannot_reuse_says_so(folder: Path, model: Model, gaussian: Path, t
         other.submit(**asked)
     image = np.zeros(SHAPE[1:], np.float32)
     half = image + (np.arange(4) < 2)
-    with pytest.raises(ValueError, match=r"reuse=2: inpainting jumps back"):
+    with pytest.raises(ValueError, match=r"reuse=2 with inpaint, whose steps jump back"):
         model.sample(**asked, image=image, inpaint=Inpaint(mask=half))
     with pytest.raises(ValueError, match=r"\[generate\] reuse=2: call Model.sample_many"):
         prepare(gaussian, 1, settings={"reuse": 2})
@@ -221,7 +231,7 @@ def test_what_cannot_reuse_says_so(folder: Path, model: Model, gaussian: Path, t
 @pytest.mark.parametrize("reuse", [0, 1001, 2.5, True, "3"])
 def test_out_of_range(model: Model, reuse: Any) -> None:
     with pytest.raises(ValueError, match=r"\[sample\] reuse="):
-        model.sample(steps=2, reuse=reuse, condition={"context": np.array([CONTEXT])})
+        model.sample(steps=2, reuse=reuse)
 
 
 def test_half_of_the_programs_is_no_artifact(folder: Path) -> None:
@@ -236,3 +246,42 @@ def test_half_of_the_programs_is_no_artifact(folder: Path) -> None:
     data["programs"]["step_deep"] = data["programs"]["step"]
     with pytest.raises(ValueError, match="does not make the one feature"):
         ArtifactSpec.model_validate(data)
+
+
+def test_the_command_line(folder: Path, model: Model, tmp_path: Path) -> None:
+    output = tmp_path / "out.nii.gz"
+    common = [
+        "sample",
+        str(folder),
+        "-o",
+        str(output),
+        "--steps",
+        "4",
+        "--engine",
+        "openvino",
+        "--threads",
+        "1",
+        "-q",
+    ]
+    assert app([*common, "--reuse", "2"]) == 0
+    assert np.array_equal(np.asarray(nibabel.load(output).dataobj), model.sample(steps=4, reuse=2).array)
+
+
+def test_the_example(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["reuse.py", str(folder), str(tmp_path), "--steps", "3"])
+    runpy.run_path(str(Path(__file__).parent.parent / "docs" / "examples" / "reuse.py"), run_name="__main__")
+    with Image.open(tmp_path / "reuse.png") as picture:
+        assert np.asarray(picture).std() > 0
+
+
+def test_the_benchmark(folder: Path, model: Model) -> None:
+    """Nothing asserts on speed; the likeness is that of volumes drawn here."""
+    full, reusing = benchmark.Run(steps=4), benchmark.Run(steps=4, reuse=2)
+    assert [run.reuse for run in benchmark.as_long(model, [reusing], full, None)] == [1]
+    whole, other = benchmark.draw(model, [full, reusing], range(2), None)
+    line = benchmark.compare(other, whole)
+    condition = draw_condition(model.spec, {}, np.random.default_rng(1))
+    alone = [model.sample(1, steps=4, reuse=k, condition=condition).array[None, None] for k in (2, 1)]
+    assert psnr(*alone) in (line["psnr_db"]["minimum"], line["psnr_db"]["maximum"])
+    assert line["frechet"] == frechet(other.volumes, whole.volumes) > 0
+    assert benchmark.compare(whole, whole)["ms_ssim"] is None
