@@ -5,7 +5,10 @@ Its output is linear in the mean m of the data, so guidance u + w (c - u) is the
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
+from os import environ
 from pathlib import Path
 
 import nibabel
@@ -17,6 +20,7 @@ from volcast.__main__ import app
 from volcast.runtime.pipeline import Model, load
 from volcast.runtime.programs import Programs
 
+EXAMPLE = Path(__file__).parent.parent / "docs" / "examples" / "guidance_sweep.py"
 GIVEN = {"anterior": 1.0, "posterior": 0.5, "ratio": 0.1}
 NEGATIVE = {"anterior": 0.25, "posterior": 0.5, "ratio": 0.0}
 
@@ -157,3 +161,13 @@ def test_on_the_command_line(gaussian: Path, tmp_path: Path, capfd: pytest.Captu
     assert (
         "guidance=3..1: need a number, numbers with commas between, or FIRST..LAST" in capfd.readouterr().err
     )
+
+
+def test_the_example_runs(default_cache: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLE), str(tmp_path), "--steps", "1"],
+        env={**environ, "XDG_CACHE_HOME": str(default_cache)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    picture = next(tmp_path.iterdir())
+    assert picture.name == "guidance_sweep.png" and picture.stat().st_size > 10_000
