@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,13 @@ def mednist_gan(root: Path, *, wrapped: bool = True) -> Any:
     return network
 
 
-def spade_gan(root: Path, dims: int, **changes: Any) -> Any:
+def spade_gan(root: Path, dims: int, labels: Sequence[str] = LABELS, **changes: Any) -> Any:
     """A bundle of a SPADENet under `root`; MONAI's network in it."""
     arguments = SPADE | {"spatial_dims": dims, "input_shape": [16, 32, 8][:dims]} | changes
     config = {
         "generator_def": {"_target_": "monai.networks.nets.SPADENet", **arguments},
         "load": "$@generator_def.load_state_dict(torch.load(@bundle_root + '/models/model.pt'))",
-        "labels": LABELS,
+        "labels": list(labels),
         "spacing_mm": [2.0] * dims,
     }
     (root / "configs").mkdir(parents=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -235,3 +236,20 @@ def test_which_configs_are_one_pass(gan: Path, make_config: Callable[[str], Path
 def make_config() -> Callable[[str], Path]:
     configs = Path(__file__).parent / "configs"
     return lambda name: next(configs.glob(f"{name}.[jy]*"))
+
+
+def test_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/examples/one_pass.py on a network of random weights; its picture in docs is a trained one's."""
+    spade_gan(tmp_path / "bundle", 2, label_nc=3, labels=["background", "anterior", "posterior"])
+    script = Path(__file__).parents[1] / "docs" / "examples" / "one_pass.py"
+    monkeypatch.setattr("sys.argv", [str(script), str(tmp_path / "bundle"), str(tmp_path / "out")])
+    runpy.run_path(str(script), run_name="__main__")
+    model = load(tmp_path / "out" / "artifact")
+    images = [
+        np.asarray(nibabel.load(tmp_path / "out" / f"image_{i}.nii.gz").dataobj)[..., 0] for i in range(4)
+    ]
+    mask = runpy.run_path(str(script))["label_map"]((16, 32))
+    assert set(np.unique(mask)) == {0, 1, 2}
+    styled = model.sample(1, condition={"mask": mask[:, ::-1]}, image=images[0]).array
+    np.testing.assert_allclose(images[3], styled, rtol=0, atol=1e-5 * np.abs(styled).max())
+    assert (tmp_path / "out" / "one_pass.png").stat().st_size > 500
