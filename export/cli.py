@@ -193,7 +193,7 @@ def verify(
         _leave_out(
             "verify",
             f"{spec.name} makes an image in one pass",
-            unused | {"--samples": samples, "--real": real},
+            unused | {"--samples": samples, "--real": real, "--negative": negative, "--scheduler": scheduler},
         )
         if bundle is None:
             raise ValueError(f"[verify] BUNDLE: give the bundle that {spec.name} was exported from")
