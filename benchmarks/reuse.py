@@ -24,11 +24,14 @@ from volcast.export.calibration import draw_condition
 from volcast.export.frechet import frechet
 from volcast.export.similarity import ms_ssim, psnr
 from volcast.runtime.pipeline import Model, load
+from volcast.runtime.programs import ProgramName
 
-from .bench import environment, paired_ratios, summarize
+from .bench import environment, measure, paired_ratios, summarize
+from .quantization import program_call
 from .report import append
 
 Array = NDArray[np.float32]
+PROGRAMS: tuple[ProgramName, ...] = ("step", "step_deep", "step_shallow")
 PILOT = 3
 """Rounds of the pilot."""
 
@@ -79,6 +82,20 @@ def as_long(model: Model, runs: Sequence[Run], full: Run, guidance: float | None
     return [Run(steps=max(1, min(full.steps, round(full.steps * share)))) for share in shares]
 
 
+def calls(artifact: Path, engine: str, threads: int, repeats: int) -> dict[str, Any]:
+    """Milliseconds of a call of the step and of the two programs for reuse, in turns, and the latter's over the step's."""
+    functions = [program_call(artifact, name, engine, threads, None, 1)[0] for name in PROGRAMS]
+    step, *others = (
+        [1e3 * each for each in taken] for taken in measure(functions, warmup=3, repeats=repeats)
+    )
+    line: dict[str, Any] = {"benchmark": "reuse calls", "engine": engine, "threads": threads}
+    line["step_ms"] = summarize(step).as_dict()
+    for name, taken in zip(PROGRAMS[1:], others, strict=True):
+        line[f"{name}_ms"] = summarize(taken).as_dict()
+        line[f"{name}_over_step"] = paired_ratios(taken, step).as_dict()
+    return line
+
+
 def compare(found: Drawn, full: Drawn) -> dict[str, Any]:
     """Time and likeness of one contestant beside the full run."""
     pairs = [(a[None], b[None]) for a, b in zip(found.volumes, full.volumes, strict=True)]
@@ -102,13 +119,20 @@ def main(
     guidance: Annotated[float | None, typer.Option(help="Weight of classifier-free guidance.")] = None,
     engine: Annotated[str, typer.Option(help="openvino or onnxruntime.")] = "openvino",
     threads: Annotated[int | None, typer.Option(help="Left out: one a physical core.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, max=10_000, help="Calls of each program.")] = 200,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Append a JSON line a contestant.")
+        Path | None,
+        typer.Option("--output", "-o", help="Append a JSON line a contestant, one for the calls."),
     ] = None,
 ) -> None:
     """Feature reuse against fewer steps, on one artifact."""
     model = load(artifact, engine, threads)
     where = environment(model.engine.threads)
+    called = calls(artifact, engine, model.engine.threads, repeats)
+    shares = [f"{name} {called[f'{name}_over_step']['median']:.2f}" for name in PROGRAMS[1:]]
+    typer.echo(f"a call over the step's, medians: {', '.join(shares)}")
+    if output is not None:
+        append(output, {"environment": where, "model": model.spec.name, **called})
     full = Run(steps=steps)
     reusing = [Run(steps=steps, reuse=k) for k in every]
     fewer = as_long(model, reusing, full, guidance)

@@ -276,6 +276,8 @@ def test_the_example(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_the_benchmark(folder: Path, model: Model) -> None:
     """Nothing asserts on speed; the likeness is that of volumes drawn here."""
+    called = benchmark.calls(folder, "openvino", 1, repeats=2)
+    assert called["step_ms"]["count"] == 2 and called["step_shallow_over_step"]["minimum"] > 0
     full, reusing = benchmark.Run(steps=4), benchmark.Run(steps=4, reuse=2)
     assert [run.reuse for run in benchmark.as_long(model, [reusing], full, None)] == [1]
     whole, other = benchmark.draw(model, [full, reusing], range(2), None)
