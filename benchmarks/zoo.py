@@ -55,7 +55,7 @@ def randomised(network: Any) -> Any:
 
 def gan(folder: Path, threads: int) -> Calls:
     """The image of one noise vector."""
-    network = randomised(Generator(64, (64, 8, 8), (32, 16, 8, 1), (2, 2, 2, 1)))
+    network = randomised(Generator((64,), (64, 8, 8), (32, 16, 8, 1), (2, 2, 2, 1)))
     z = np.random.default_rng(0).standard_normal((1, 64)).astype(np.float32)
     _export(folder, network, (64,), (1, 64, 64), 0, True)
     calls: Calls = {"MONAI eager": lambda: _numpy(torch.sigmoid(network(torch.from_numpy(z))))}

@@ -196,7 +196,7 @@ def _autoencoder_checks(
     with torch.no_grad():
         tensor = torch.from_numpy(given)
         wanted = (
-            (bundle.autoencoder.encode_stage_2_inputs(tensor),)  # type: ignore[operator]
+            (bundle.autoencoder.encode_stage_2_inputs(tensor),)
             if isinstance(bundle.autoencoder, VQVAE)
             else bundle.autoencoder.encode(tensor)  # type: ignore[operator]
         )

@@ -46,8 +46,9 @@ def of_network(spec: IntensitySpec | None, images: NDArray[Any]) -> Images:
 
 def _mapped(images: NDArray[Any], source: tuple[float, float], target: tuple[float, float]) -> Images:
     """In float32: an image is large. Clipped at last too, so that rounding leaves the range nowhere."""
-    share = np.clip(images, np.float32(source[0]), np.float32(source[1])).astype(np.float32)
+    share: Images = np.clip(images, np.float32(source[0]), np.float32(source[1])).astype(np.float32)
     share -= np.float32(source[0])
     share *= np.float32((target[1] - target[0]) / (source[1] - source[0]))
     share += np.float32(target[0])
-    return np.clip(share, np.float32(target[0]), np.float32(target[1]), out=share)
+    np.clip(share, np.float32(target[0]), np.float32(target[1]), out=share)
+    return share
