@@ -18,6 +18,7 @@ from volcast.runtime.spec import ArtifactSpec
 
 from .body import BodyReader
 from .describe import model_entry, openapi
+from .download import Download
 from .drain import Drain
 from .front import Front
 from .generate import Generate
@@ -79,7 +80,7 @@ class Application:
             redirect_slashes=False,
             lifespan=self._lifespan,
         )
-        self._page = page
+        self._page, self._stall_s = page, timing.stall_s
         self._front, self._tracing = Front(router, keys, self.metrics, hosts, tracing), tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -102,7 +103,7 @@ class Application:
     async def _document(self, request: Request) -> Response:
         return _json(self._documents[request.url.path])
 
-    async def _volume(self, request: Request) -> Response:
+    async def _volume(self, request: Request) -> Download:
         one = self.store.get(request.path_params["id"], request.state.caller)
         if one is None:
             raise Refusal(
@@ -110,11 +111,7 @@ class Application:
                 "[gateway] no such volume, or it was kept long enough; generate it again with its seed",
             )
         one.fetched = True
-        headers = {
-            "content-disposition": f'attachment; filename="{one.filename}"',
-            "cache-control": "no-store",
-        }
-        return Response(one.content, headers=headers, media_type="application/gzip")
+        return Download(one.content, one.filename, {}, stall_s=self._stall_s)
 
     async def _live(self, _: Request) -> Response:
         return _json(as_json({"status": "live"}))

@@ -13,7 +13,6 @@ from typing import Any, final
 
 import nibabel
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from volcast.runtime.answers import pack_volume, unpack_volume
@@ -21,6 +20,7 @@ from volcast.runtime.interface import Array, text_of
 from volcast.runtime.volume import Volume
 
 from .body import BodyReader, Order
+from .download import Download
 from .drain import Drain
 from .events import EventStream, event, unless_gone
 from .health import Readiness
@@ -111,13 +111,9 @@ class Generate:
         if order.samples != 1:
             raise Refusal("invalid", f"[request] num_samples={order.samples}: one file holds one; send Accept: text/event-stream")  # fmt: skip
         content = await unless_gone(self._only(request, order), request.receive)
-        headers = {
-            "x-seed": str(order.seed), "content-disposition": f'attachment; filename="{self._filename(order.seed, 0)}"',
-            "cache-control": "no-store",
-        }  # fmt: skip
-        await Response(content, headers=headers, media_type="application/gzip")(
-            request.scope, request.receive, send
-        )
+        name, headers = self._filename(order.seed, 0), {"x-seed": str(order.seed)}
+        answer = Download(content, name, headers, stall_s=self._timing.stall_s)
+        await answer(request.scope, request.receive, send)
 
     async def _only(self, request: Request, order: Order) -> bytes:
         content = b""

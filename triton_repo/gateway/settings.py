@@ -47,7 +47,7 @@ class Timing:
     Attributes:
         body_s: for a request's body to arrive; as much again for each further `body_bytes` of files.
         keep_alive_s: between two signs of life on an event stream.
-        stall_s: that a caller may take to read what is sent.
+        stall_s: that a caller may take to read an event; a file: and a second more for each 64 KiB.
         patience_s: that a request waits for a server that has gone to come back.
         ready_s: that one answer about readiness holds.
     """
