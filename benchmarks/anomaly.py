@@ -30,10 +30,7 @@ Crops = list[tuple[Crop, dict[str, float]]]
 THREADS = 1
 RADIUS = 4
 SPHERES = {"bright sphere": 1.0, "dark sphere": 0.0}
-WAYS: tuple[Inversion, ...] = (
-    {"strength": 0.25}, {"strength": 0.5}, {"strength": 0.75}, {"strength": 0.5, "guidance": 2.0},
-    {"strength": 0.5, "guidance": 4.0},
-)  # fmt: skip
+WAYS: tuple[Inversion, ...] = ({"strength": 0.25}, {"strength": 0.5}, {"strength": 0.5, "guidance": 2.0})
 
 
 def blurred(crop: Crop) -> Crop:
@@ -98,9 +95,6 @@ def area(inside: Crop, outside: Crop) -> float:
 def altered(model: Model, crops: Crops, steps: int) -> Iterator[dict[str, Any]]:
     scorers: dict[str, Callable[[Crop, dict[str, float]], float]] = {
         "bound": lambda x, condition: float(model.likelihood(x, condition=condition, steps=steps).mean()),
-        "bound, MONAI's last term": lambda x, condition: float(
-            model.likelihood(x, condition=condition, steps=steps, compat="monai-1.6").mean()
-        ),
         "autoencoder's residual": lambda x, _: -float(np.abs(x - model.decode(model.encode(x))[0, 0]).mean()),
     }
     for score, scorer in scorers.items():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import re
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 
+from volcast import Classifier
 from volcast.__main__ import app
 from volcast.export.bundle import read_bundle
-from volcast.runtime.classifier import Classifier
 from volcast.runtime.default_artifact import BUNDLE
 from volcast.runtime.pipeline import Model, load
 from volcast.runtime.sampler import make_schedule
@@ -193,6 +195,18 @@ def test_gaussian_data_in_closed_form(gaussian: Path) -> None:
     np.testing.assert_allclose(same.reconstruction.array, decoded, atol=0.06)
 
 
+def test_the_example(
+    default_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(default_cache))
+    monkeypatch.setattr("sys.argv", ["anomaly.py", str(tmp_path), "--steps", "4"])
+    script = Path(__file__).parent.parent / "docs" / "examples" / "anomaly.py"
+    runpy.run_path(str(script), run_name="__main__")
+    inside, outside = re.findall(r"0\.\d+", capsys.readouterr().out.splitlines()[0])
+    assert float(inside) > 2 * float(outside)
+    assert {path.name for path in tmp_path.iterdir()} == {"anomaly.nii.gz", "anomaly.png"}
+
+
 def run(*words: object) -> int:
     return app([str(word) for word in words])
 
@@ -253,6 +267,10 @@ def test_what_is_refused(model: Model, gaussian: Path, small: Path) -> None:
         (functools.partial(model.anomaly, x, condition={"context": CONTEXT}, eta=1.0), "unknown eta"),  # type: ignore[call-arg]
         (functools.partial(model.anomaly, x, condition={"context": CONTEXT}, steps=41), "steps=41"),
         (functools.partial(load(gaussian, "onnxruntime").anomaly, x), "o0=1: need 4"),
+        (
+            functools.partial(model.anomaly, x, condition={"context": CONTEXT}, observed={"c": 0}),
+            "unknown name 'c'",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             call()

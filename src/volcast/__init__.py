@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from volcast.runtime.chain import chain as chain
+    from volcast.runtime.classifier import Classifier as Classifier
     from volcast.runtime.client import Client as Client
     from volcast.runtime.client_async import AsyncClient as AsyncClient
     from volcast.runtime.ensemble import Ensemble as Ensemble
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__ = ["AsyncClient", "Client", "Ensemble", "Inpaint", "Volume", "__version__", "chain", "load"]
+__all__ = ["AsyncClient", "Classifier", "Client", "Ensemble", "Inpaint", "Volume", "__version__", "chain", "load"]
 
 
 def __getattr__(name: str) -> object:
@@ -34,6 +35,10 @@ def __getattr__(name: str) -> object:
         from volcast.runtime.pipeline import load
 
         return load
+    if name == "Classifier":
+        from volcast.runtime.classifier import Classifier
+
+        return Classifier
     if name == "Client":
         from volcast.runtime.client import Client
 
