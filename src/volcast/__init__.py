@@ -22,7 +22,17 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__ = ["AsyncClient", "Classifier", "Client", "Ensemble", "Inpaint", "Volume", "__version__", "chain", "load"]
+__all__ = [
+    "AsyncClient",
+    "Classifier",
+    "Client",
+    "Ensemble",
+    "Inpaint",
+    "Volume",
+    "__version__",
+    "chain",
+    "load",
+]
 
 
 def __getattr__(name: str) -> object:
