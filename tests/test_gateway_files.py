@@ -18,6 +18,7 @@ from served import Served
 
 from volcast.runtime.artifact import read_artifact
 from volcast.runtime.pipeline import Model, load
+from volcast.runtime.spec import ConditionField, ConditionSpec, LowResSpec
 from volcast.runtime.volume import Volume, read_nifti
 from volcast.triton_repo.gateway.body import BodyReader
 from volcast.triton_repo.gateway.refusal import Refusal
@@ -182,6 +183,35 @@ def test_files_are_offered_where_the_model_takes_them(client: httpx.Client, gaus
     bare = spec.model_copy(update={"programs": {k: v for k, v in spec.programs.items() if k != "encode"}})
     assert {"image", "strength"}.isdisjoint(body_schema(bare).model_fields)
     assert BodyReader(bare, body_schema(bare), LIMITS).most_bytes == LIMITS.body_bytes
+
+
+def test_an_upscaler_s_volumes_lie_where_its_low_resolution_image_does(gaussian: Path) -> None:
+    """The same field of view: its first corner stays where it is, its voxels are half as large."""
+    own = read_artifact(gaussian)
+    level = ConditionField(name="noise_level", minimum=0, maximum=350, default=20)
+    conditions = (
+        ConditionSpec(name="low_res", shape=(1, "d0", "d1", "d2")),
+        ConditionSpec(name="tau", dtype="int64", shape=(), fields=(level,)),
+    )
+    spec = own.model_copy(update={"conditions": conditions, "low_res": LowResSpec()})
+    coarse = AFFINE @ np.diag([2, 2, 2, 1])
+    given = image((4, 6, 8), coarse)
+    reader = BodyReader(spec, body_schema(spec), Limits(voxels=8 * 12 * 16))
+    order = reader.read(json.dumps({"steps": 2, "condition": {"low_res": text(given)}}).encode())
+    assert order.shape == (8, 12, 16) and order.place is not None  # not the artifact's own, 8 x 12 x 8
+    np.testing.assert_array_equal(order.tensors["low_res"], given.array[None])
+    corner = np.array([-0.5, -0.5, -0.5, 1])
+    np.testing.assert_array_equal(order.place.affine @ corner, coarse @ corner)  # of halves: exact
+    np.testing.assert_array_equal(order.place.affine[:3, :3], AFFINE[:3, :3])
+    assert order.place.spacing_mm == (1.0, 1.5, 2.0)
+    lists = {"condition": {"low_res": given.array.tolist()}}
+    assert reader.read(json.dumps(lists).encode()).shape == (8, 12, 16)
+    for wrong, message in (
+        (image((4, 6, 10), coarse), "8 x 12 x 20 = 1920 voxels"),
+        (image((4, 6, 8)), "voxels of 1 x 1.5 x 2 mm: the model has 2 x 3 x 4"),
+    ):
+        with pytest.raises(Refusal, match=message):
+            reader.read(json.dumps({"condition": {"low_res": text(wrong)}}).encode())
 
 
 def test_only_files_may_be_large(masked_gaussian: Path, labelled: Served) -> None:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from volcast.runtime.interface import Array, as_bytes, inputs, read_request
 from volcast.runtime.job import Job, make_job
+from volcast.runtime.low_res import low_res_size, with_channels
 from volcast.runtime.request import make_request
 from volcast.runtime.spec import ArtifactSpec
 from volcast.runtime.volume import Volume
@@ -106,13 +107,17 @@ class BodyReader:
         condition = self._files.conditions(body.pop("condition", {}))
         image = self._files.image(body.pop("image", None))
         place = self._files.place(image, condition)
+        if self._spec.low_res is not None:
+            condition = dict(with_channels(self._spec, condition))
         seed = self._seed(body.pop("seed", None))
         tensors = {name: self._tensor(name, value) for name, value in body.items()}
         form = "nifti" if place is None else "float32"
         tensors |= {"seed": np.array([seed], np.uint64), "output_format": as_bytes(form)}
         asked = read_request(self._spec, tensors)
         request = make_request(self._spec, seed, asked.settings)
-        size = self._size(image, asked.size, request.strength)
+        size: Sequence[int] | None = self._size(image, asked.size, request.strength)
+        if self._spec.low_res is not None and size is None:
+            size = low_res_size(self._spec, condition)
         shape = volume_shape(self._spec, size)
         self._check_bytes(shape, asked.samples)
         job = make_job(self._spec, request, asked.samples, 1, condition, size)

@@ -8,8 +8,9 @@ from typing import Any, final
 
 import numpy as np
 
+from volcast.runtime.low_res import enlargement, refined
 from volcast.runtime.mask import on_grid
-from volcast.runtime.spec import ArtifactSpec
+from volcast.runtime.spec import LOW_RES, ArtifactSpec
 from volcast.runtime.volume import Volume
 
 from .nifti import read_upload
@@ -44,10 +45,13 @@ class Files:
         }
 
     def place(self, image: Volume | None, conditions: Mapping[str, Any]) -> Volume | None:
-        """Where the volumes lie, as `Model.sample` says: where the image does, or else the conditions that are files."""
-        volumes = (
-            [one for one in conditions.values() if isinstance(one, Volume)] if image is None else [image]
-        )
+        """Where the volumes lie, as `Model.sample` says: where the image does, or else the conditions that are files, which
+        an upscaler's low-resolution image is more finely."""
+        volumes = [image] if image is not None else []
+        for name, one in conditions.items() if image is None else ():
+            if isinstance(one, Volume):
+                finer = self._spec.low_res is not None and name == LOW_RES
+                volumes.append(refined(self._spec, one) if finer else one)
         if any((one.affine != volumes[0].affine).any() for one in volumes):
             raise ValueError(
                 "[request] condition: the files lie in different places (affine); write them with one affine"
@@ -64,7 +68,8 @@ class Files:
         header, array = read_upload(name, text, self._most_voxels)
         if self._dims == 3 and array.ndim == 2:
             raise ValueError(f"[request] {name} has shape {array.shape}: need 3 axes")
-        volume = on_grid(f"[request] {name}", header, array, self._spec)
+        coarser = enlargement(self._spec) if self._spec.low_res is not None and name == LOW_RES else (1, 1, 1)
+        volume = on_grid(f"[request] {name}", header, array, self._spec, coarser)
         if len(spec.shape) == volume.array.ndim + 1:
             return Volume(volume.array[None], volume.affine, volume.spacing_mm)
         return volume
