@@ -75,9 +75,7 @@ def volume_path(folder: Path, sampler: Sampler, seed: int) -> Path:
 
 def read_volumes(folder: Path, sampler: Sampler, volumes: int) -> Array:
     """`[volumes, 1, D, H, W]`."""
-    return np.stack(
-        [read_nifti(volume_path(folder, sampler, seed)).array[None] for seed in range(volumes)]
-    )
+    return np.stack([read_nifti(volume_path(folder, sampler, seed)).array[None] for seed in range(volumes)])
 
 
 def seconds(folder: Path, sampler: Sampler, volumes: int) -> list[float]:
