@@ -150,6 +150,9 @@ def verify(
         list[str], typer.Option("--condition", "-c", help="As in `volcast sample`; repeatable.")
     ] = [],  # noqa: B006
     guidance: Annotated[float | None, typer.Option(help="Weight of classifier-free guidance.")] = None,
+    negative: Annotated[
+        list[str], typer.Option(help="As in `volcast sample`, with MONAI alone; repeatable.")
+    ] = [],  # noqa: B006
     against: Annotated[
         Path | None, typer.Option(help="A float32 artifact in MONAI's place: what int8, fp16 or bf16 costs.")
     ] = None,
@@ -223,6 +226,8 @@ def verify(
         "--scheduler": scheduler, "--reuse": None if reuse == 1 else reuse, "--reference-steps": reference_steps,
         "--reference-scheduler": reference_scheduler, "--real": real,
     }  # fmt: skip
+    if gate and negative:
+        raise ValueError("[verify] --negative: with MONAI alone; leave it out with --against and --samples")
     if not gate:
         _leave_out("verify", "with MONAI one volume is compared, without --samples", fast)
     with tqdm(desc="verify", unit="call", file=sys.stderr, disable=None, leave=False) as bar:
@@ -237,7 +242,8 @@ def verify(
             from .verify import verify as compare
 
             read = _read(BUNDLE if bundle is None else bundle, config, weights, settings, controlnets)
-            found = compare(folder, read, steps=steps, **common)
+            unwanted = parse_conditions(spec, negative) if negative else None
+            found = compare(folder, read, steps=steps, negative=unwanted, **common)
         else:
             from .evaluation_images import read_images
             from .fidelity import SAMPLES, SamplerChoice, fidelity
