@@ -4,8 +4,7 @@
 
 The crops are those that the models were not trained on. One line for each way to paint a hidden cube anew: what the painted
 voxels have in common with the hidden ones, the hidden part replaced by the crop's mean before the encoder sees it; then one
-for healing: which tokens it replaces where a bright sphere was put into the crop; and one for each number of resamples
-where the answer is known in closed form.
+for healing: which tokens it replaces where a bright sphere was put into the crop.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from volcast import _core
 from volcast.export.transformer_artifact import export_transformer
 from volcast.export.transformer_bundle import read_transformer
 from volcast.runtime.default_artifact import BUNDLE
@@ -137,27 +135,6 @@ def healing(model: TokenModel, crops: list[tuple[Crop, dict[str, float]]], quant
     return {"what": "healed", "quantile": quantile, "crops": len(crops)} | means
 
 
-def closed_form(method: str, steps: int, resamples: int, jump_length: int) -> dict[str, Any]:
-    """20000 pairs of standard normals of correlation 0.8, the first known to be 1; exactly the other has mean 0.8, std 0.6."""
-    make = _core.make_ddpm if method == "ddpm" else _core.make_ddim
-    plan: _core.Plan = make(_core.linear_beta(1000), _core.Steps(steps), _core.Prediction.EPSILON)
-    plan = _core.make_repaint(plan, resamples=resamples, jump_length=jump_length)
-    covariance, one = np.array([[1, 0.8], [0.8, 1]]), np.zeros(1, np.uint64)
-    x = _core.normal(one, one, 0, (2, 20000), np.dtype("float64"))
-    keep = np.zeros(x.shape[1:])
-    keep[0] = 1
-
-    def exact(step: int, now: NDArray[Any], branch: _core.Branch) -> NDArray[Any]:
-        a = float(plan.rows["signal"][step]) ** 2
-        gain = np.sqrt(a) * covariance @ np.linalg.inv(a * covariance + (1 - a) * np.eye(2))
-        return np.ascontiguousarray((now - np.sqrt(a) * (gain @ now)) / np.sqrt(1 - a))
-
-    _core.run(plan, x, exact, one, one, known=np.ones(keep.shape), keep=keep)
-    settings = {"scheduler": method, "steps": steps, "resamples": resamples, "jump_length": jump_length}
-    found = {"mean": round(float(x[0, 1].mean()), 3), "std": round(float(x[0, 1].std()), 3)}
-    return {"what": "closed form: 0.8 and 0.6", **settings, "calls": len(plan), **found}
-
-
 def main(arguments: list[str]) -> None:
     count, steps = (int(arguments[at]) if len(arguments) > at else most for at, most in ((2, 6), (3, 25)))
     crops = read_crops(Path(arguments[0]), Path(arguments[1]), count)
@@ -166,9 +143,6 @@ def main(arguments: list[str]) -> None:
     def tell(line: dict[str, Any]) -> None:
         print(json.dumps(line | {"environment": where}), flush=True)
 
-    for method in ("ddim", "ddpm"):
-        for resamples, jump_length in ((1, 1), (4, 1), (10, 1), (4, 5), (4, 10)):
-            tell(closed_form(method, 50, resamples, jump_length))
     with tempfile.TemporaryDirectory() as folder:
         artifact = Path(folder) / "tokens"
         spec = export_transformer(read_transformer(BUNDLE, config=Path("configs/transformer.json")), artifact)

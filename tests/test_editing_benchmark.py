@@ -1,10 +1,10 @@
-"""The benchmark of editing: which crops it reads and how, and that its closed form's figures are the docs'."""
+"""The benchmark of editing: which crops it reads and how, and what it tells of two volumes."""
 
 from pathlib import Path
 
 import numpy as np
 
-from volcast.benchmarks.editing import alike, closed_form, read_crops
+from volcast.benchmarks.editing import alike, read_crops
 
 
 def test_crops_are_scaled_as_the_models_were_trained(tmp_path: Path) -> None:
@@ -24,12 +24,7 @@ def test_crops_are_scaled_as_the_models_were_trained(tmp_path: Path) -> None:
     assert condition == {"anterior": 866 / 1536, "posterior": 0.0}
 
 
-def test_figures() -> None:
-    line = closed_form("ddpm", 50, 4, 1)
-    assert line["calls"] == 50 + 49 * 3
-    np.testing.assert_allclose(
-        [line["mean"], line["std"]], [0.697, 0.542], rtol=0, atol=0.0011
-    )  # docs/editing.md
+def test_what_is_told() -> None:
     noise = np.random.default_rng(0).standard_normal((20, 20, 20)).astype(np.float32)
     found = alike(noise * 0 + 0.5 + 0.1 * noise, noise * 0 + 0.5 + 0.2 * noise)
     # The difference has standard deviation 0.1 of a range of 1: 20 dB, to the draw's 1 / sqrt(2 * 8000).

@@ -141,34 +141,38 @@ def test_rectified_flow_keeps_its_levels():
     assert np.abs(np.array(seen) - 1).max() < 6 / np.sqrt(2 * x.size)
 
 
-def painted_mean(resamples: int) -> float:
-    """Of pairs of standard normals with correlation 0.8, the mean of the second painted where the first is known to be 1.
+def closed_form(method: str, steps: int, resamples: int, jump: int) -> tuple[float, float]:
+    """Mean and std of the second of 20000 pairs of standard normals of correlation 0.8, the first of each known to be 1.
 
-    The network is the exact denoiser: x0 given x has mean sqrt(a) C (a C + (1 - a) 1)^-1 x.
+    Exactly they are 0.8 and 0.6. The network is the exact denoiser: x0 given x has mean sqrt(a) C (a C + (1 - a) 1)^-1 x.
     """
-    pairs = 20000
-    schedule = _core.linear_beta(1000)
-    plan = _core.make_ddpm(schedule, _core.Steps(40), EPSILON)
-    plan = _core.make_repaint(plan, resamples=resamples, jump_length=1)
-    covariance = np.array([[1, 0.8], [0.8, 1]])
-    x = _core.normal(SEEDS[:1], SAMPLES[:1], 0, (2, pairs), F64)
+    make = {"ddim": _core.make_ddim, "ddpm": _core.make_ddpm}[method]
+    plan = make(_core.linear_beta(1000), _core.Steps(steps), EPSILON)
+    plan = _core.make_repaint(plan, resamples=resamples, jump_length=jump)
+    covariance, one = np.array([[1, 0.8], [0.8, 1]]), np.zeros(1, np.uint64)
+    x = _core.normal(one, one, 0, (2, 20000), F64)
 
     def exact(step, now, _):
         a = plan.rows["signal"][step] ** 2
         gain = np.sqrt(a) * covariance @ np.linalg.inv(a * covariance + (1 - a) * np.eye(2))
         return (now - np.sqrt(a) * (gain @ now)) / np.sqrt(1 - a)
 
-    keep = np.zeros((2, pairs))
+    keep = np.zeros(x.shape[1:])
     keep[0] = 1
-    _core.run(plan, x, exact, SEEDS[:1], SAMPLES[:1], known=np.ones((2, pairs)), keep=keep)
+    _core.run(plan, x, exact, one, one, known=np.ones(keep.shape), keep=keep)
     np.testing.assert_array_equal(x[0, 0], 1)
-    return float(x[0, 1].mean())
+    return float(x[0, 1].mean()), float(x[0, 1].std())
 
 
 def test_resampling_brings_the_conditional_distribution():
-    # The conditional mean is 0.8, the marginal one 0; what is drawn tells the mean to 0.6 / sqrt(20000) = 0.004.
-    once, four, ten = (0.8 - painted_mean(resamples) for resamples in (1, 4, 10))
+    # The marginal mean is 0; what is drawn tells the mean to 0.6 / sqrt(20000) = 0.004.
+    once, four, ten = (0.8 - closed_form("ddpm", 40, resamples, 1)[0] for resamples in (1, 4, 10))
     assert once < 0.8 and four < once / 2 and ten < four / 2 + 0.02
+
+
+def test_the_figures_of_the_docs():
+    np.testing.assert_allclose(closed_form("ddim", 50, 1, 1), (0.348, 0.748), rtol=0, atol=0.0011)
+    np.testing.assert_allclose(closed_form("ddpm", 50, 4, 10), (0.649, 0.600), rtol=0, atol=0.0011)
 
 
 @pytest.mark.parametrize(
