@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from volcast.export.bundle_config import read_data, validated
+from volcast.runtime.frozen import Frozen
 from volcast.runtime.quality import QualityBudget
-from volcast.runtime.spec import ConditionSpec, Frozen
+from volcast.runtime.spec import ConditionSpec
 
 SPATIAL_AXES = ("d0", "d1", "d2")
 """Names of the latent's spatial sizes, in order."""

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from volcast.export.bundle_config import Config, read_data, shown, validated
 from volcast.export.weights import digest, read_checkpoint, state_dict
-from volcast.runtime.spec import ConditionSpec, Frozen
+from volcast.runtime.frozen import Frozen
+from volcast.runtime.spec import ConditionSpec
 
 TEXT = "text"
 """The condition: a prompt's token ids."""

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from .atomic import sha256
-from .spec import Frozen
+from .frozen import Frozen
 
 CUBINS = "cubins.json"
 CUBIN_FORMAT = 1

@@ -10,7 +10,7 @@ from typing import Any, final
 from pydantic import ValidationError
 
 from .atomic import sha256
-from .spec import Frozen
+from .frozen import Frozen
 
 DESCRIPTION = "dataset.json"
 MANIFEST = "manifest.jsonl"

@@ -6,7 +6,8 @@ from typing import Annotated, final
 
 from pydantic import Field, model_validator
 
-from .spec import Manifest, PositiveInt
+from .frozen import PositiveInt
+from .spec import Manifest
 
 GENERATOR_FORMAT = 3
 """Its `format`: readers that know diffusion and token models alone ask to be upgraded."""

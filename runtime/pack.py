@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError
 
 from .atomic import sha256
-from .spec import Frozen
+from .frozen import Frozen
 
 PACK = "pack.json"
 PACK_FORMAT = 1

@@ -14,7 +14,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from .spec import ArtifactSpec, Frozen, Identifier, PositiveInt, Precision, ProgramSpec
+from .frozen import Frozen, Identifier, PositiveInt
+from .spec import ArtifactSpec, Precision, ProgramSpec
 
 PLANS = "plans.json"
 PLAN_FORMAT = 1

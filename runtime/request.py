@@ -8,9 +8,10 @@ from typing import Annotated, Literal, TypedDict
 
 from pydantic import Field, ValidationError
 
+from .frozen import Frozen
 from .sampler import Method, SamplerConfig
 from .sizes import whole
-from .spec import ArtifactSpec, Frozen
+from .spec import ArtifactSpec
 
 SAMPLES_OF_A_SEED = 1_000_000
 """Sample i of a seed has i below this."""

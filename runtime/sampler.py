@@ -14,7 +14,8 @@ from pydantic import Field
 
 from volcast import _core
 
-from .spec import Finite, Frozen, NoiseSchedule, SchedulerSpec
+from .frozen import Finite, Frozen
+from .spec import NoiseSchedule, SchedulerSpec
 
 Method = Literal["ddim", "ddpm", "pndm", "dpm-solver++", "rflow"]
 

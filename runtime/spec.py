@@ -13,10 +13,7 @@ from typing import Annotated, Literal, final
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from .frozen import Finite as Finite
-from .frozen import Frozen as Frozen
-from .frozen import Identifier as Identifier
-from .frozen import PositiveInt as PositiveInt
+from .frozen import Finite, Frozen, Identifier, PositiveInt
 from .intensity import IntensitySpec
 from .quality import QualityBudget
 
@@ -292,7 +289,7 @@ class Manifest(Frozen):
         tuple[Annotated[float, Field(gt=0, le=1000)], ...], Field(min_length=2, max_length=3)
     ]
     conditions: tuple[ConditionSpec, ...] = ()
-    provenance: dict[str, str] = {}
+    provenance: dict[str, str] = {}  # noqa: RUF012  (pydantic copies it)
     files: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
 
     @model_validator(mode="after")

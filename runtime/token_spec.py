@@ -7,7 +7,8 @@ from typing import Annotated, final
 
 from pydantic import Field, model_validator
 
-from .spec import Manifest, PositiveInt
+from .frozen import PositiveInt
+from .spec import Manifest
 
 TOKEN_FORMAT = 2
 """Its `format`: readers that know diffusion models alone ask to be upgraded."""

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from volcast.export.bundle_config import Config, read_data, shown, validated
 from volcast.export.bundle_expression import Component, Unreadable
-from volcast.runtime.spec import Frozen
+from volcast.runtime.frozen import Frozen
 
 DATA = {
     "root": "/b",

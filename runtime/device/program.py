@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, ValidationError, model_validator
 
 from volcast.runtime.atomic import sha256
-from volcast.runtime.spec import Frozen
+from volcast.runtime.frozen import Frozen
 
 PROGRAMS = "programs.json"
 WEIGHTS = "weights.safetensors"
