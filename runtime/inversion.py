@@ -105,6 +105,10 @@ def find_anomaly(
     request = make_request(spec, 0, settings)
     if classifier is not None:
         classifier.check(spec)
+        if programs.memory is not None:
+            raise ValueError(
+                "[anomaly] memory_limit: a classifier's memory is not foretold; load without, or leave it out"
+            )
     x = encode(spec, programs, pixels).copy()  # of a model of images it is the image itself
     forth = make_job(spec, request, 1, 1, condition, x.shape[2:])
     back = _inverse(spec, request, x.shape[2:])

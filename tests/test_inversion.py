@@ -266,6 +266,15 @@ def test_what_is_refused(model: Model, gaussian: Path, small: Path) -> None:
         (functools.partial(model.anomaly, x), "context is missing"),
         (functools.partial(model.anomaly, x, condition={"context": CONTEXT}, eta=1.0), "unknown eta"),  # type: ignore[call-arg]
         (functools.partial(model.anomaly, x, condition={"context": CONTEXT}, steps=41), "steps=41"),
+        (
+            functools.partial(
+                load(small / "classified", "onnxruntime", 1, "64GiB").anomaly,
+                x,
+                condition={"context": CONTEXT},
+                classifier=Classifier(label=0),
+            ),
+            "memory_limit: a classifier's",
+        ),
         (functools.partial(load(gaussian, "onnxruntime").anomaly, x), "o0=1: need 4"),
         (
             functools.partial(model.anomaly, x, condition={"context": CONTEXT}, observed={"c": 0}),
