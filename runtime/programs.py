@@ -18,7 +18,9 @@ from .spec import Manifest, ProgramSpec
 if TYPE_CHECKING:
     from .memory_limit import MemoryLimit, Opened
 
-ProgramName = Literal["schedule", "prepare", "step", "step_deep", "step_shallow", "decode", "encode", "gradient"]
+ProgramName = Literal[
+    "schedule", "prepare", "step", "step_deep", "step_shallow", "decode", "encode", "gradient"
+]
 
 KEPT = 3
 """How many shapes of one program stay open; the least recently used goes first."""

@@ -80,7 +80,9 @@ def test_the_unconditional_branch_keeps_what_has_no_unconditional_value() -> Non
     values = unconditional(artifact, resolve(artifact, {"label": 3}, {}))
     np.testing.assert_array_equal(values["context"], np.full((1, 3), -1, np.float32))
     assert values["label"] == 3
-    with pytest.raises(ValueError, match=r"no unconditional value; give negative=\{...\}, or leave guidance out"):
+    with pytest.raises(
+        ValueError, match=r"no unconditional value; give negative=\{...\}, or leave guidance out"
+    ):
         unconditional(spec(LABEL), resolve(spec(LABEL), {"label": 3}, {}))
 
 

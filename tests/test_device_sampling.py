@@ -203,5 +203,7 @@ def test_memory_for_the_loop_comes_before_the_noise(model: Model, monkeypatch: p
 def test_inpainting_is_refused_before_any_work(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "encode", None)
     image = np.zeros((16, 32, 16), np.float32)
-    with pytest.raises(ValueError, match=r"\[sample\] inpaint: the engine cuda does not; load the model with openvino"):
+    with pytest.raises(
+        ValueError, match=r"\[sample\] inpaint: the engine cuda does not; load the model with openvino"
+    ):
         model.sample(image=image, inpaint=Inpaint(image))
