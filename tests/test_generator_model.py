@@ -71,7 +71,7 @@ def test_the_gan_of_the_zoo(gan: Path, engine: str) -> None:
     assert relative(np.stack(volumes)[:, None], wanted) < BUDGET
     # Sample 1 of seed 5, whatever the batch.
     alone = list(model.sample_many(2, seed=5))[1].array
-    np.testing.assert_allclose(alone, volumes[1], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(alone, volumes[1], rtol=0, atol=1e-5)
     assert np.abs(volumes[0] - volumes[1]).max() > 0.01
 
 
