@@ -165,7 +165,7 @@ def test_on_the_command_line(gaussian: Path, tmp_path: Path, capfd: pytest.Captu
 
 def test_the_example_runs(default_cache: Path, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(EXAMPLE), str(tmp_path), "--steps", "1"],
+        [sys.executable, str(EXAMPLE), str(tmp_path), "--steps", "1", "--last", "2"],
         env={**environ, "XDG_CACHE_HOME": str(default_cache)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
