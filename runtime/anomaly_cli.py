@@ -43,9 +43,10 @@ def anomaly(
     """Map what is unlike health in an image: to noise by DDIM backwards, back under guidance, |x - x_hat|."""
     from .artifact import read_artifact
     from .classifier import Classifier
-    from .cli import output_files, progress
+    from .cli import progress
     from .condition_text import parse_conditions
     from .pipeline import load
+    from .sample_output import output_files
     from .volume import read_nifti
 
     outputs = [output, *([] if reconstruction is None else [reconstruction])]

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from .engine_name import EngineName
-
-if TYPE_CHECKING:
-    from .request import Settings
-    from .volume import Volume
 
 Artifact = Annotated[
     Path | None,
@@ -114,102 +109,43 @@ def sample(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")] = False,
 ) -> None:
     """Sample volumes and write them as NIfTI."""
-    from .chain import Chain, parse_stage
-    from .condition_text import mask_texts, parse_conditions, parse_weights
+    from .chain import parse_stage
+    from .condition_text import parse_weights
     from .default_artifact import default_artifact
-    from .ensemble import Ensemble
-    from .generator_model import GeneratorModel, refuse_settings
-    from .image_cli import check_maps, edited, read_inpaint, save_maps
-    from .picture import mosaic, save_picture
+    from .image_cli import read_inpaint
     from .pipeline import load
+    from .sample_output import make_places, write_volumes
+    from .sample_volumes import Asked, sample_volumes
     from .sizes import parse_sizes
-    from .token_cli import choice_settings
-    from .token_model import TokenModel
     from .volume import read_nifti
 
     weights = parse_weights(guidance)
-    maps = [path for path in (mean, variance) if path is not None]
-    check_maps(maps, variance is not None, count, weights)
-    outputs = output_files(
-        output or Path("sample.nii.gz"), count, png, weights if isinstance(weights, list) else ()
-    )
-    for path in maps:
-        output_files(path, 1, None)
-    latent = parse_sizes("sample", size)
-    start = None if image is None else read_nifti(image)
-    painted = read_inpaint(image, inpaint, resamples, jump_length, paste)
+    places = make_places(output, count, png, mean, variance, weights if isinstance(weights, list) else ())
+    asked = Asked(
+        settings={
+            "steps": steps, "scheduler": scheduler, "spacing": spacing, "eta": eta, "guidance": weights,
+            "strength": strength, "compat": compat, "reuse": reuse,
+        },
+        choice={"temperature": temperature, "top_k": top_k, "top_p": top_p},
+        condition=condition or (), negative=negative or (), mask=mask or (), size=parse_sizes("sample", size),
+        image=None if image is None else read_nifti(image),
+        inpaint=read_inpaint(image, inpaint, resamples, jump_length, paste),
+        then=[parse_stage(text) for text in then or ()],
+    )  # fmt: skip
     folder = artifact or default_artifact(controlled=bool(mask))
-    stages = [parse_stage(text) for text in then or ()]
     model = load(folder, engine, threads, memory_limit)
     if not quiet:
         typer.echo(
             f"volcast: {model.spec.name} on {model.engine.name}, {model.engine.threads} threads", err=True
         )
-    settings: Settings = {
-        "steps": steps,
-        "scheduler": scheduler,
-        "spacing": spacing,
-        "eta": eta,
-        "guidance": weights,
-    }
-    settings |= {"strength": strength, "compat": compat, "reuse": reuse}
-    given = settings | {
-        "strength": strength != 1,
-        "mask": mask,
-        "size": size,
-        "image": image,
-        "inpaint": inpaint,
-        "negative": negative,
-        "reuse": reuse != 1,
-        "then": then,
-    }
-    choice = choice_settings(model, temperature, top_k, top_p, given)
-    if isinstance(model, GeneratorModel):
-        refuse_settings(
-            model.spec, {key: value for key, value in given.items() if key not in ("mask", "image")}
-        )
-    conditions = parse_conditions(model.spec, [*(condition or ()), *mask_texts(model.spec, mask or ())])
-    lines: list[dict[str, Any] | str] = []
-    shown: list[Volume] = []
+    opening = {"engine": engine, "threads": threads, "memory_limit": memory_limit}
     with progress(shown=not quiet and (sys.stderr.isatty() or not as_json)) as on_step:
-        common: dict[str, Any] = {"batch": batch, "condition": conditions, "on_step": on_step}
-        if isinstance(model, TokenModel):
-            volumes = model.sample_many(count, seed, **common, **choice)
-        elif isinstance(model, GeneratorModel):
-            volumes = model.sample_many(count, seed, **common, image=start)
-        else:
-            common["negative"] = parse_conditions(model.spec, negative) if negative else None
-            common |= edited(model.spec, start, painted)
-            common |= {"size": latent, **settings}
-            if stages:
-                chain = Chain([folder, *(path for path, _ in stages)], engine, threads, memory_limit)
-                volumes = chain.sample_many(count, seed, then=[stage for _, stage in stages], **common)
-            else:
-                volumes = model.sample_many(count, seed, **common)
-        ensemble = Ensemble()
-        for number, (path, volume) in enumerate(zip(outputs, volumes, strict=True)):
-            shown += [volume] if png else []
-            if maps:
-                ensemble.add(volume)
-            if maps and output is None:
-                continue
-            volume.save(path, f"volcast {model.spec.name} seed {seed}")
-            sample = number * count // len(outputs)
-            lines.append(_described(path, volume, seed, sample) if as_json else _summary(path, volume))
-    for what, path in save_maps(ensemble, mean, variance, f"volcast {model.spec.name} seed {seed}").items():
-        lines.append(
-            {"path": str(path), "seed": seed, what: ensemble.count}
-            if as_json
-            else f"{path}: {what} of {ensemble.count}"
-        )
-    if png is not None:
-        each = [f" guidance {w:g}" for w in weights] if isinstance(weights, list) else [""]
-        captions = [f"{model.spec.name} seed {seed} sample {i}{w}" for i in range(count) for w in each]
-        save_picture(mosaic(shown, captions if len(captions) > 1 else ()), png)
+        volumes = sample_volumes(model, folder, asked, opening, count, seed, batch=batch, on_step=on_step)
+        lines = write_volumes(places, volumes, model.spec.name, seed)
     if as_json:
-        typer.echo(json.dumps(lines))
+        typer.echo(json.dumps([line.fields for line in lines]))
     elif not quiet:
-        typer.echo("\n".join(str(line) for line in lines))
+        typer.echo("\n".join(line.text for line in lines))
 
 
 def info(
@@ -251,27 +187,6 @@ def info(
     typer.echo(json.dumps(describe.as_dict(spec, folder)) if as_json else describe.as_text(spec, folder))
 
 
-def output_files(output: Path, count: int, png: Path | None, weights: Sequence[float] = ()) -> list[Path]:
-    from .picture import check_png_path
-    from .volume import check_nifti_path
-
-    check_nifti_path(output)
-    for path in (output, *([] if png is None else [check_png_path(png)])):
-        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-            raise ValueError(
-                f"[sample] {path.parent} is not a folder that can be written to; choose another output"
-            )
-    suffix = ".nii.gz" if output.name.endswith(".nii.gz") else ".nii"
-    numbers = [f"_{i}" for i in range(count)] if count != 1 else [""]
-    each = [f"_guidance{weight:g}" for weight in weights] or [""]
-    stem = output.name.removesuffix(suffix)
-    outputs = [output.with_name(f"{stem}{number}{weight}{suffix}") for number in numbers for weight in each]
-    for path in (*outputs, *([] if png is None else [png])):
-        if path.is_dir():
-            raise ValueError(f"[sample] {path} is a folder; choose another output")
-    return outputs
-
-
 @contextmanager
 def progress(shown: bool) -> Iterator[Callable[[int, int], None]]:
     from tqdm import tqdm
@@ -285,21 +200,3 @@ def progress(shown: bool) -> Iterator[Callable[[int, int], None]]:
             bar.update(done - bar.n)
 
         yield on_step
-
-
-def _described(path: Path, volume: Volume, seed: int, sample: int) -> dict[str, Any]:
-    assert volume.report is not None
-    shape, report = list(volume.array.shape), volume.report.as_dict()
-    return {"path": str(path), "seed": seed, "sample": sample, "shape": shape, "report": report}
-
-
-def _summary(path: Path, volume: Volume) -> str:
-    report = volume.report
-    assert report is not None
-    shape = " x ".join(str(size) for size in volume.array.shape)
-    peak = "process peak" if report.peak_of_process else "peak"
-    return (
-        f"{path}: {shape}, {report.total_seconds:.2f} s for {report.batch} ({report.steps} {report.scheduler} steps "
-        f"{report.loop_seconds:.2f} s, decode {report.decode_seconds:.2f} s, loop overhead {report.overhead:.2%}), "
-        f"{peak} {report.peak_bytes / 2**20:.0f} MiB"
-    )

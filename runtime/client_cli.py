@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli import Guidance, Scheduler, Steps, output_files, progress
+from .cli import Guidance, Scheduler, Steps, progress
 
 
 def request(
@@ -42,6 +42,7 @@ def request(
     """Ask a server for volumes and write them as NIfTI."""
     from .client import Client
     from .condition_text import parse_conditions
+    from .sample_output import output_files
     from .sizes import parse_sizes
     from .volume import read_nifti
 

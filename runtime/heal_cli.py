@@ -30,8 +30,8 @@ def heal(
 ) -> None:
     """Replace what a token model finds unlikely in an image, and map where and how much the image differs."""
     from .artifact import read_manifest
-    from .cli import output_files
     from .condition_text import parse_conditions
+    from .sample_output import output_files
     from .token_model import load_tokens
     from .volume import Volume, read_nifti
 

@@ -1,13 +1,11 @@
-"""What `volcast sample` needs of images: the one to start from, the part to paint anew, the maps of an ensemble."""
+"""What `volcast sample` needs of images: the one to start from, the part to paint anew."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .ensemble import Ensemble
     from .inpaint import Inpaint
     from .volume import Volume
 
@@ -50,23 +48,3 @@ def edited(spec: Any, image: Volume | None, inpaint: Inpaint | None) -> dict[str
         "image": shown,
         "inpaint": None if inpaint is None or mask is None else replace(inpaint, mask=mask),
     }
-
-
-def check_maps(maps: Sequence[Path], variance: bool, count: int, weights: object) -> None:
-    """ValueError: maps that `--mean` and `--variance` cannot be made of."""
-    if variance and count < 2:
-        raise ValueError(f"[sample] --variance: of {count} volume; give -n 2 or more")
-    if maps and isinstance(weights, list):
-        raise ValueError("[sample] --mean, --variance: of one guidance weight, not of several; give one")
-
-
-def save_maps(ensemble: Ensemble, mean: Path | None, variance: Path | None, what: str) -> dict[str, Path]:
-    """Write the maps asked for; their files by what they show."""
-    written = {}
-    if mean is not None:
-        ensemble.mean().save(mean, f"{what} mean of {ensemble.count}")
-        written["mean"] = mean
-    if variance is not None:
-        ensemble.variance().save(variance, f"{what} variance of {ensemble.count}")
-        written["variance"] = variance
-    return written

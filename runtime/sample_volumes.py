@@ -1,0 +1,78 @@
+"""What `volcast sample` was asked for, given to the kind of model that the artifact is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+from .chain import Chain
+from .condition_text import mask_texts, parse_conditions
+from .generator_model import GeneratorModel, refuse_settings
+from .image_cli import edited
+from .inpaint import Inpaint
+from .request import OnStep, Settings
+from .token_cli import choice_settings
+from .token_model import TokenModel
+from .volume import Volume
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The options of `volcast sample`, read but not yet fitted to a model.
+
+    Attributes:
+        settings: of diffusion models.
+        choice: `temperature`, `top_k` and `top_p` of token models.
+        condition, negative, mask: texts; `size`: a latent's.
+        then: later stages, each an artifact and what a `Chain` takes for it.
+    """
+
+    settings: Settings
+    choice: Mapping[str, Any]
+    condition: Sequence[str]
+    negative: Sequence[str]
+    mask: Sequence[str]
+    size: tuple[int, ...] | None
+    image: Volume | None
+    inpaint: Inpaint | None
+    then: Sequence[tuple[Path, Mapping[str, Any]]]
+
+    def given(self) -> dict[str, Any]:
+        """What is for diffusion models, by option; false where it was left out."""
+        own = {"strength": self.settings["strength"] != 1, "reuse": self.settings["reuse"] != 1}
+        more = {
+            "mask": self.mask, "size": self.size, "image": self.image, "inpaint": self.inpaint, "negative": self.negative,
+            "then": self.then,
+        }  # fmt: skip
+        return {**self.settings, **own, **more}
+
+
+def sample_volumes(
+    model: Any, folder: Path, asked: Asked, opening: Mapping[str, Any], n: int, seed: int, *, batch: int, on_step: OnStep
+) -> Iterator[Volume]:  # fmt: skip
+    """The `n` volumes of each guidance weight. `folder`, `opening`: as `load` was given them, for stages to come.
+
+    Raises ValueError: options of another kind of model, by name, or what the model raises.
+    """
+    given = asked.given()
+    choice = choice_settings(model, **asked.choice, other=given)
+    if isinstance(model, GeneratorModel):
+        refuse_settings(
+            model.spec, {name: one for name, one in given.items() if name not in ("mask", "image")}
+        )
+    conditions = parse_conditions(model.spec, [*asked.condition, *mask_texts(model.spec, asked.mask)])
+    common: dict[str, Any] = {"batch": batch, "condition": conditions, "on_step": on_step}
+    if isinstance(model, TokenModel):
+        return model.sample_many(n, seed, **common, **choice)
+    if isinstance(model, GeneratorModel):
+        return model.sample_many(n, seed, **common, image=asked.image)
+    common["negative"] = parse_conditions(model.spec, asked.negative) if asked.negative else None
+    common |= {**edited(model.spec, asked.image, asked.inpaint), "size": asked.size, **asked.settings}
+    if not asked.then:
+        volumes: Iterator[Volume] = model.sample_many(n, seed, **common)
+        return volumes
+    chain = Chain([folder, *(path for path, _ in asked.then)], **opening)
+    return chain.sample_many(n, seed, then=[stage for _, stage in asked.then], **common)
