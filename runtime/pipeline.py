@@ -18,6 +18,7 @@ from .default_artifact import default_artifact
 from .diffusion_likelihood import Bounding, bound_likelihood
 from .engine import Engine
 from .engine_auto import open_engine
+from .frame import place_of
 from .generator_model import load_generator
 from .generator_spec import GeneratorSpec
 from .host_memory import HostMemory
@@ -25,14 +26,13 @@ from .image_start import check_image, encode_one, painted
 from .inpaint import Inpaint
 from .inversion import Anomaly, Inversion, find_anomaly
 from .job import Job, make_job
-from .low_res import refined
 from .memory_limit import job_sizes
 from .programs import Programs
 from .request import OnStep, Settings, make_request, split_sweep
 from .reuse import check_reuse, refuse_reuse
 from .sampling import Images, Watch
 from .sizes import parse_bytes, whole
-from .spec import LOW_RES, ArtifactSpec
+from .spec import ArtifactSpec
 from .volume import Volume, centred_affine
 
 Condition = Mapping[str, Any]
@@ -321,7 +321,9 @@ class Model:
         job = make_job(self.spec, request, n, batch, condition, size, negative, weights)
         if inpaint is not None and x0 is not None:
             job, x0 = painted(job, inpaint, image, x0)
-        return job, x0, _frame(self.spec, image, condition)
+        each = condition if isinstance(condition, Sequence) else [condition or {}]
+        place = place_of(self.spec, "sample", image, each)
+        return job, x0, None if place is None else (place.affine, place.spacing_mm)
 
     def _every(self, preview_every: int) -> int:
         every = whole(preview_every)
@@ -345,15 +347,3 @@ class Model:
             for image in images:
                 array = np.ascontiguousarray(image[0] if image.shape[0] == 1 else image)
                 yield Volume(array, affine, spacing, report)
-
-
-def _frame(spec: ArtifactSpec, image: Any, condition: Condition | Sequence[Condition] | None) -> Frame | None:
-    """Where the samples lie: where the image does, or else a condition that is a Volume (a label map)."""
-    each = condition if isinstance(condition, Sequence) else [condition or {}]
-    given = [("", image)] if image is not None else [item for one in each for item in one.items()]
-    volumes = [(name, value) for name, value in given if isinstance(value, Volume)]
-    finer = [refined(spec, one) if spec.low_res and name == LOW_RES else one for name, one in volumes]
-    frames = [(one.affine, one.spacing_mm) for one in finer]
-    if any((affine != frames[0][0]).any() for affine, _ in frames):
-        raise ValueError("[sample] the conditions lie in different places (affine): sample them one by one")
-    return frames[0] if frames else None

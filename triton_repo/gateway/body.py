@@ -14,6 +14,7 @@ from typing import Any, final
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
+from volcast.runtime.frame import place_of
 from volcast.runtime.interface import Array, as_bytes, inputs, read_request
 from volcast.runtime.job import Job, make_job
 from volcast.runtime.low_res import low_res_size, with_channels
@@ -106,7 +107,7 @@ class BodyReader:
     def _order(self, body: dict[str, Any]) -> Order:
         condition = self._files.conditions(body.pop("condition", {}))
         image = self._files.image(body.pop("image", None))
-        place = self._files.place(image, condition)
+        place = place_of(self._spec, "request", image, [condition])
         if self._spec.low_res is not None:
             condition = dict(with_channels(self._spec, condition))
         seed = self._seed(body.pop("seed", None))

@@ -1,4 +1,4 @@
-"""The volumes in a request: an image to start from, conditions in files, and where the answer lies."""
+"""The volumes in a request: an image to start from, and conditions in files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, final
 
 import numpy as np
 
-from volcast.runtime.low_res import enlargement, refined
+from volcast.runtime.low_res import enlargement
 from volcast.runtime.mask import on_grid
 from volcast.runtime.spec import LOW_RES, ArtifactSpec
 from volcast.runtime.volume import Volume
@@ -43,20 +43,6 @@ class Files:
             name: self._condition(name, value) if isinstance(value, str) else value
             for name, value in given.items()
         }
-
-    def place(self, image: Volume | None, conditions: Mapping[str, Any]) -> Volume | None:
-        """Where the volumes lie, as `Model.sample` says: where the image does, or else the conditions that are files, which
-        an upscaler's low-resolution image is more finely."""
-        volumes = [image] if image is not None else []
-        for name, one in conditions.items() if image is None else ():
-            if isinstance(one, Volume):
-                finer = self._spec.low_res is not None and name == LOW_RES
-                volumes.append(refined(self._spec, one) if finer else one)
-        if any((one.affine != volumes[0].affine).any() for one in volumes):
-            raise ValueError(
-                "[request] condition: the files lie in different places (affine); write them with one affine"
-            )
-        return volumes[0] if volumes else None
 
     def _condition(self, name: str, text: str) -> Volume:
         spec = next((one for one in self._spec.conditions if one.name == name), None)
