@@ -87,7 +87,7 @@ def test_an_answer_that_nobody_reads_gives_its_place_back(
     monkeypatch.setattr(connection, "AHEAD", 2**8)
     monkeypatch.setattr(download, "PIECE", 2**8)
     monkeypatch.setattr(download, "SLOWEST", 1e9)
-    limits, timing = Limits(rate=1e6, concurrency=1), Timing(stall_s=0.5)
+    limits, timing = Limits(rate=1e6, concurrency=1), Timing(stall_s=3)
     body = json.dumps({"steps": 1, "size": [16, 16, 16]}).encode()  # 130 kB, which are noise
     with (
         gateway(gaussian, served, limits=limits, timing=timing) as running,
