@@ -110,6 +110,8 @@ def altered(model: Model, crops: Crops, steps: int) -> Iterator[dict[str, Any]]:
 
 
 def main(arguments: list[str]) -> None:
+    if len(arguments) < 2:
+        sys.exit("usage: python -m volcast.benchmarks.anomaly CROPS.npz HELD_OUT.txt [COUNT [STEPS]]")
     crops, held_out = (Path(one) for one in arguments[:2])
     count, steps = (int(one) for one in [*arguments[2:], "26", "50"][:2])
     given = read_crops(crops, held_out, count)

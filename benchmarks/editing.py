@@ -136,6 +136,8 @@ def healing(model: TokenModel, crops: list[tuple[Crop, dict[str, float]]], quant
 
 
 def main(arguments: list[str]) -> None:
+    if len(arguments) < 2:
+        sys.exit("usage: python -m volcast.benchmarks.editing CROPS.npz HELD_OUT.txt [COUNT [STEPS]]")
     count, steps = (int(arguments[at]) if len(arguments) > at else most for at, most in ((2, 6), (3, 25)))
     crops = read_crops(Path(arguments[0]), Path(arguments[1]), count)
     where = environment(THREADS)

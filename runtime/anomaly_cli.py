@@ -46,12 +46,13 @@ def anomaly(
     from .cli import progress
     from .condition_text import parse_conditions
     from .pipeline import load
-    from .sample_output import output_files
+    from .sample_output import check_apart, output_files
     from .volume import read_nifti
 
     outputs = [output, *([] if reconstruction is None else [reconstruction])]
     for path in outputs:
         output_files(path, 1, None)
+    check_apart(outputs, [image])
     spec = read_artifact(artifact)
     healthy = parse_conditions(spec, condition or ())
     shown = None if observed is None else parse_conditions(spec, observed)

@@ -63,7 +63,7 @@ def read_artifact(folder: str | os.PathLike[str]) -> ArtifactSpec:
     if isinstance(spec, ArtifactSpec):
         return spec
     what = (
-        "samples tokens with a transformer: sample, likelihood, verify and info take it"
+        "samples tokens with a transformer: sample, likelihood, heal, verify and info take it"
         if isinstance(spec, TokenSpec)
         else "makes an image in one pass: sample, verify and info take it"
     )

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .conditions import resolve
+from .frame import check_grid
 from .intensity import of_network, written
 from .job import Job
 from .memory_limit import DecodePlan, MemoryLimit
@@ -109,6 +110,8 @@ def _within(programs: Programs, memory: MemoryLimit, latents: Images, given: Giv
 
 def encode(spec: ArtifactSpec, programs: Programs, image: Any) -> Images:
     """Latents `[N, C, D', H', W']` of images; see `Model.encode`."""
+    if isinstance(image, Volume):
+        check_grid("[encode] the image", image.affine, image.spacing_mm, spec)
     array = image.array if isinstance(image, Volume) else np.asarray(image)
     if array.ndim == len(spec.latent_shape) - 1:
         array = array[None]

@@ -14,9 +14,9 @@ import numpy as np
 from .artifact import read_artifact
 from .condition_text import parse_conditions
 from .engine import Engine
+from .frame import SPACING_TOLERANCE
 from .job import Job, make_job
 from .low_res import enlargement, output_channels, output_shape
-from .mask import SPACING_TOLERANCE
 from .pipeline import load
 from .request import OnStep, make_request
 from .sizes import whole

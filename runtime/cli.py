@@ -120,7 +120,10 @@ def sample(
     from .volume import read_nifti
 
     weights = parse_weights(guidance)
-    places = make_places(output, count, png, mean, variance, weights if isinstance(weights, list) else ())
+    places = make_places(
+        output, count, png, mean, variance, weights if isinstance(weights, list) else (),
+        [path for path in (image, inpaint) if path is not None],
+    )  # fmt: skip
     asked = Asked(
         settings={
             "steps": steps, "scheduler": scheduler, "spacing": spacing, "eta": eta, "guidance": weights,

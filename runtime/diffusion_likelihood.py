@@ -31,6 +31,8 @@ from .spec import ArtifactSpec, SchedulerSpec
 Array = NDArray[np.float64]
 BIN = 1 / 255
 """Width of the bin of the last term: 8 bits of 0..1, as MONAI's default."""
+NOISE_STEP = 2**32 - 2
+"""Which of a sample's streams of noise: none that `Model.sample` draws, whose own samples would look too likely."""
 _LEAST = 1e-12
 """A bin's probability is not taken for less: the last term ends at 27.6 nats."""
 
@@ -95,7 +97,7 @@ def likelihood_terms(
     shapes = {name: value.shape for name, value in given.items()}
     step = programs.open("step", {"x": x0.shape, "row": (1, *rows.shape[1:]), **shapes})
     network = Denoiser(step, rows, {_core.Branch.CONDITIONAL: given})
-    noise = request_noise(request.seed, range(1), 0, x0.shape[1:]).astype(np.float64)
+    noise = request_noise(request.seed, range(1), NOISE_STEP, x0.shape[1:]).astype(np.float64)
     clean = x0.astype(np.float64)
     bound = Bound(
         spec.scheduler, job.plan.timesteps.astype(np.int64), monai=request.sampler.compat is not None

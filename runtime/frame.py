@@ -1,13 +1,44 @@
-"""Where samples lie."""
+"""Where samples lie, and images that go with them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .low_res import refined
-from .spec import LOW_RES, ArtifactSpec
+from .spec import LOW_RES, ArtifactSpec, Manifest
 from .volume import Volume
+
+SPACING_TOLERANCE = 0.01
+"""Relative: what a header's float32 and rounding to hundredths of a millimetre leave."""
+
+
+def check_grid(
+    where: str, affine: NDArray[np.float64], spacing: Sequence[float], spec: Manifest | None,
+    coarser: Sequence[int] = (1, 1, 1),
+) -> None:  # fmt: skip
+    """ValueError, which begins with `where`: other axes than those of the volumes that are sampled (to the right, forward,
+    up), or other voxels than the model's, `coarser` times as large for an upscaler's low-resolution image."""
+    import nibabel
+
+    dims = 3 if spec is None else len(spec.spacing_mm)
+    axes = "".join(str(one) for one in nibabel.aff2axcodes(affine)[:dims])
+    if axes != "RAS"[:dims]:
+        raise ValueError(
+            f"{where} has axes {axes}: need {'RAS'[:dims]}, as the volumes that are sampled; turn it with "
+            "nibabel.as_closest_canonical"
+        )
+    if spec is None or spec.provenance.get("spacing_mm") == "assumed 1 mm":
+        return
+    wanted = tuple(size * factor for size, factor in zip(spec.spacing_mm, coarser, strict=False))
+    if not np.allclose(spacing[:dims], wanted, rtol=SPACING_TOLERANCE, atol=0):
+        raise ValueError(
+            f"{where} has voxels of {' x '.join(f'{one:g}' for one in spacing)} mm: the model has "
+            f"{' x '.join(f'{one:g}' for one in wanted)}; resample it, labels by nearest neighbour"
+        )
 
 
 def place_of(

@@ -31,12 +31,14 @@ def heal(
     """Replace what a token model finds unlikely in an image, and map where and how much the image differs."""
     from .artifact import read_manifest
     from .condition_text import parse_conditions
-    from .sample_output import output_files
+    from .sample_output import check_apart, output_files
     from .token_model import load_tokens
     from .volume import Volume, read_nifti
 
-    for path in (output, *([] if healed is None else [healed])):
+    outputs = [output, *([] if healed is None else [healed])]
+    for path in outputs:
         output_files(path, 1, None)
+    check_apart(outputs, [image])
     given = read_nifti(image)
     model = load_tokens(artifact, read_manifest(artifact), engine, threads)
     array = (

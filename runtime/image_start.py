@@ -26,6 +26,10 @@ def check_image(image: Image | None, inpaint: Inpaint | None, request: Request) 
         raise ValueError(f"[sample] strength={request.strength} without an image: give one, or leave it out")
     if image is None and inpaint is not None:
         raise ValueError("[sample] inpaint without an image: give the image that its mask is of")
+    if inpaint is not None and not isinstance(inpaint, Inpaint):
+        raise ValueError(
+            f"[sample] inpaint is {type(inpaint).__name__}: need volcast.Inpaint(mask), not 0 where to paint anew"
+        )
     if inpaint is not None and request.reuse != 1:
         raise ValueError(f"[sample] reuse={request.reuse} with inpaint, whose steps jump back; leave one out")
 
@@ -46,6 +50,12 @@ def painted(
 ) -> tuple[Job, NDArray[np.float32] | None]:
     """The job that paints a part of the image anew, and the latent to start from: none, as in the paper, unless a strength
     below 1 asks for it."""
+    last = len(job.plan) - 1
+    if inpaint.resamples > 1 and inpaint.jump_length > last:
+        raise ValueError(
+            f"[sample] inpaint jumps back {inpaint.jump_length} of {last + 1} steps: need fewer; take more steps or strength, "
+            "or resamples=1"
+        )
     plan = _core.make_repaint(job.plan, resamples=inpaint.resamples, jump_length=inpaint.jump_length)
     return replace(
         job, plan=plan, known=make_known(image, inpaint, x0)

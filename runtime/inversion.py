@@ -22,6 +22,7 @@ from .autoencoder import decode, decoder_conditions, encode
 from .classifier import Classifier, GuidedDenoiser
 from .denoiser import Denoiser
 from .engine import Engine
+from .frame import check_grid
 from .job import make_job
 from .memory_limit import job_sizes
 from .programs import Programs
@@ -147,6 +148,8 @@ def image_array(
 
     Raises ValueError for another shape, several images, what is no finite number.
     """
+    if isinstance(image, Volume):
+        check_grid(f"[{operation}] the image", image.affine, image.spacing_mm, spec)
     array = image.array if isinstance(image, Volume) else np.asarray(image)
     rank = len(spec.latent_shape) - 1
     channels = spec.latent_shape[0]

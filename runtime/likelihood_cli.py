@@ -57,32 +57,39 @@ def likelihood(
             raise ValueError(
                 f"[likelihood] --output {output}: holds the map of one image; give one, not {len(known) + len(unlike)}"
             )
+    if against is not None and min(len(known), len(unlike)) < 2:
+        raise ValueError(
+            f"[likelihood] --against: {len(known)} images and {len(unlike)}: need 2 or more of each"
+        )
     model = load(artifact, engine, threads)
     given = parse_conditions(model.spec, condition or ())
     if isinstance(model, TokenModel) and (steps is not None or seed is not None):
         raise ValueError(f"[likelihood] --steps, --seed: {model.spec.name} has log p itself; leave them out")
+    unit = "token" if isinstance(model, TokenModel) else "value"
     rows = []
     for path in (*known, *unlike):
         image = read_nifti(path)
-        row, voxels = (
-            _tokens(model, image, path, given)
-            if isinstance(model, TokenModel)
-            else _bound(model, image, given, seed or 0, steps)
-        )
+        try:
+            row, voxels = (
+                _tokens(model, image, path, given)
+                if isinstance(model, TokenModel)
+                else _bound(model, image, given, seed or 0, steps)
+            )
+        except ValueError as error:
+            raise ValueError(f"[likelihood] {path}: {error}") from error
         rows.append({"path": str(path)} | row)
+        if not as_json:  # each at once: what is found is not lost where a later file fails
+            typer.echo(
+                f"{path}: log p {row['log_likelihood']:.2f}, {row[f'nats_per_{unit}']:.4f} nats a {unit}"
+            )
         if output is not None:
             _save(voxels, image, output)
-    unit = "token" if isinstance(model, TokenModel) else "value"
     scores = [-float(row[f"nats_per_{unit}"]) for row in rows]
     found = roc(scores[: len(known)], scores[len(known) :]) if unlike else None
     if as_json:
         interval = {} if found is None else {"auc": found.auc, "auc_interval": [found.low, found.high]}
         typer.echo(json.dumps({"images": rows} | interval))
         return
-    for row in rows:
-        typer.echo(
-            f"{row['path']}: log p {row['log_likelihood']:.2f}, {row[f'nats_per_{unit}']:.4f} nats a {unit}"
-        )
     if found is not None:
         typer.echo(
             f"AUC {found.auc:.4f}, 95 % interval {found.low:.4f}..{found.high:.4f} "
@@ -111,7 +118,7 @@ def _tokens(model: TokenModel, image: Volume, path: Path, condition: Mapping[str
     )
     if array.shape != model.image_shape[1:]:
         raise ValueError(
-            f"[likelihood] {path} has shape {array.shape}: need {model.image_shape[1:]}; crop, pad or resample it"
+            f"[likelihood] the image has shape {array.shape}: need {model.image_shape[1:]}; crop, pad or resample it"
         )
     (tokens,) = model.likelihood(array, condition=condition)
     return {"log_likelihood": float(tokens.sum()), "nats_per_token": float(-tokens.mean())}, tokens
@@ -123,13 +130,14 @@ def _bound(model: Model, image: Volume, condition: Mapping[str, Any], seed: int,
 
 
 def _save(values: NDArray[Any], image: Volume, output: Path) -> None:
-    """Log p on the image's grid: that of each place of the latent's or the tokens' grid is repeated."""
+    """Log p on the image's grid: that of each place of the latent's or the tokens' grid, shared evenly by its voxels."""
     import numpy as np
 
     from .volume import Volume
 
     voxels = values.astype(np.float32)
     for axis, size in enumerate(voxels.shape):
-        voxels = np.repeat(voxels, image.array.shape[axis] // size, axis=axis)
+        factor = image.array.shape[axis] // size
+        voxels = np.repeat(voxels / np.float32(factor), factor, axis=axis)
     voxels = voxels.reshape(image.array.shape)
     Volume(voxels, image.affine, image.spacing_mm).save(output, "log p")

@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .frame import check_grid
 from .spec import Manifest
 from .volume import Volume, load_nifti
-
-SPACING_TOLERANCE = 0.01
-"""Relative: what a header's float32 and rounding to hundredths of a millimetre leave."""
 
 
 def read_on_grid(
@@ -39,8 +37,6 @@ def on_grid(
     coarser: Sequence[int] = (1, 1, 1),
 ) -> Volume:
     """`read_on_grid` of what was read: nibabel's `header` of a NIfTI file, and its numbers. Errors begin with `where`."""
-    import nibabel
-
     affine = header.get_best_affine()
     dims = 3 if spec is None else len(spec.spacing_mm)
     if array.ndim == 2:
@@ -54,21 +50,8 @@ def on_grid(
             f"{where} has no affine (sform and qform codes are 0), so where its axes point is unknown; write it with one, "
             "or give the array as .npy"
         )
-    axes = "".join(nibabel.aff2axcodes(affine)[:dims])
-    if axes != "RAS"[:dims]:
-        raise ValueError(
-            f"{where} has axes {axes}: need {'RAS'[:dims]}, as the volumes that are sampled; turn it with "
-            "nibabel.as_closest_canonical"
-        )
     spacing = tuple(float(size) for size in header.get_zooms()[:dims])
-    wanted = None if spec is None or spec.provenance.get("spacing_mm") == "assumed 1 mm" else spec.spacing_mm
-    if wanted is not None:
-        wanted = tuple(size * factor for size, factor in zip(wanted, coarser, strict=False))
-    if wanted is not None and not np.allclose(spacing, wanted, rtol=SPACING_TOLERANCE, atol=0):
-        raise ValueError(
-            f"{where} has voxels of {' x '.join(f'{one:g}' for one in spacing)} mm: the model has "
-            f"{' x '.join(f'{one:g}' for one in wanted)}; resample it, labels by nearest neighbour"
-        )
+    check_grid(where, affine, spacing, spec, coarser)
     return Volume(
         np.ascontiguousarray(array[..., 0] if dims == 2 else array),
         np.asarray(affine, np.float64),

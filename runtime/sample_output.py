@@ -10,6 +10,7 @@ from typing import Any, final
 
 from .ensemble import Ensemble
 from .picture import check_png_path, mosaic, save_picture
+from .request import SAMPLES_OF_A_SEED
 from .volume import Volume, check_nifti_path
 
 
@@ -43,9 +44,10 @@ class Line:
 
 def make_places(
     output: Path | None, count: int, png: Path | None, mean: Path | None, variance: Path | None,
-    weights: Sequence[float],
+    weights: Sequence[float], inputs: Sequence[Path] = (),
 ) -> Places:  # fmt: skip
-    """For `count` samples of each weight. `output`: None: sample.nii.gz, or with a map no volumes.
+    """For `count` samples of each weight. `output`: None: sample.nii.gz, or with a map no volumes. `inputs`: files that are
+    read, and stay.
 
     Raises ValueError, before any work: a name or folder that cannot be written, maps of nothing or of several weights.
     """
@@ -54,11 +56,15 @@ def make_places(
         raise ValueError(f"[sample] --variance: of {count} volume; give -n 2 or more")
     if maps and weights:
         raise ValueError("[sample] --mean, --variance: of one guidance weight, not of several; give one")
+    if not 1 <= count <= SAMPLES_OF_A_SEED:
+        raise ValueError(f"[sample] n={count}: need 1..{SAMPLES_OF_A_SEED}")
     files = output_files(output or Path("sample.nii.gz"), count, png, weights)
     for path in maps:
         output_files(path, 1, None)
+    kept = output is not None or not maps
+    check_apart([*(files if kept else ()), *maps], inputs)
     return Places(
-        files=tuple(files), kept=output is not None or not maps, weights=tuple(weights), png=png, mean=mean,
+        files=tuple(files), kept=kept, weights=tuple(weights), png=png, mean=mean,
         variance=variance,
     )  # fmt: skip
 
@@ -105,6 +111,19 @@ def output_files(output: Path, count: int, png: Path | None, weights: Sequence[f
         if path.is_dir():
             raise ValueError(f"[sample] {path} is a folder; choose another output")
     return outputs
+
+
+def check_apart(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
+    """ValueError: two of the outputs are one file, or one of them is an input, which it would replace."""
+    seen: set[Path] = set()
+    for path in outputs:
+        place = path.resolve()
+        if place in seen:
+            raise ValueError(f"[sample] {path} is two of the outputs: give each a name of its own")
+        seen.add(place)
+    for path in inputs:
+        if path.resolve() in seen:
+            raise ValueError(f"[sample] {path} is read, and would be replaced: choose another output")
 
 
 def _line(path: Path, volume: Volume, seed: int, sample: int) -> Line:

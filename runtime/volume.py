@@ -91,6 +91,8 @@ def load_nifti(operation: str, path: str | os.PathLike[str]) -> tuple[Any, NDArr
     unreadable = (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError)
     try:
         image: Any = nibabel.load(path)
+        if image.get_data_dtype().kind not in "iuf":
+            raise ValueError(f"its numbers are {image.get_data_dtype()}: need real ones")
         return image, np.asarray(image.dataobj, dtype=np.float32)
     except (OSError, ValueError, EOFError, OverflowError, zlib.error, *unreadable) as error:
         reason = " ".join(str(error).split())

@@ -208,3 +208,27 @@ def test_no_room_for_the_volume(gaussian: Path, tmp_path: Path) -> None:
         _, err = process.communicate(timeout=60)
     assert process.returncode == 2 and err.count("\n") == 1 and "size limit" in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_stay_apart_from_inputs_and_one_another(
+    gaussian: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, scan = tmp_path / "a.nii.gz", tmp_path / "scan.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(np.zeros((8, 12, 8), np.float32), np.diag([1, 1.5, 2, 1])), scan)
+    before = scan.read_bytes()
+    for words, message in (
+        (("--image", scan, "-o", scan), "scan.nii.gz is read, and would be replaced"),
+        (("-n", 2, "--mean", out, "--variance", out), "a.nii.gz is two of the outputs"),
+        (("-n", 2, "-o", out, "--mean", tmp_path / "a_0.nii.gz"), "a_0.nii.gz is two of the outputs"),
+        (("-n", 99_999_999_999, "-o", out), "n=99999999999: need 1..1000000"),
+    ):
+        assert run("sample", gaussian, *words) == 2
+        assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["scan.nii.gz"] and scan.read_bytes() == before
+
+
+def test_colours_are_no_volume(gaussian: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    colours = np.zeros((8, 12, 8), [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    nibabel.save(nibabel.Nifti1Image(colours, np.eye(4)), tmp_path / "rgb.nii")
+    assert run("sample", gaussian, "--image", tmp_path / "rgb.nii", "-o", tmp_path / "a.nii") == 2
+    assert "need real ones" in capsys.readouterr().err

@@ -16,14 +16,14 @@ from monai.networks.schedulers import DDPMScheduler
 from scipy.stats import norm
 
 from volcast.__main__ import app
-from volcast.runtime.diffusion_likelihood import BIN, Bound, likelihood_terms
+from volcast.runtime.diffusion_likelihood import BIN, NOISE_STEP, Bound, likelihood_terms
 from volcast.runtime.noise import request_noise
 from volcast.runtime.pipeline import Model, load
 from volcast.runtime.programs import Programs
 from volcast.runtime.sampler import make_schedule
 from volcast.runtime.spec import SchedulerSpec
 
-AFFINE = np.diag([2.0, 1.0, 3.0, 1.0])
+AFFINE = np.diag([1.0, 1.5, 2.0, 1.0])
 CONTEXT = np.array([[0.4, -0.2, 0.7]])
 
 
@@ -73,7 +73,7 @@ def monais(x: np.ndarray, steps: int, noise: np.ndarray, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("steps", [40, 7])
 def test_the_terms_are_monais(small: Path, model: Model, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     x = np.random.default_rng(0).normal(0, 0.8, anomaly_models.SHAPE).astype(np.float32)
-    noise = request_noise(5, range(1), 0, anomaly_models.SHAPE)
+    noise = request_noise(5, range(1), NOISE_STEP, anomaly_models.SHAPE)
     wanted = monais(x, steps, noise, monkeypatch)
     programs = Programs(small / "plain", model.spec, model.engine)
     how: Any = {"seed": 5, "condition": {"context": CONTEXT}, "steps": steps}
@@ -116,7 +116,7 @@ def test_a_latent_model_s_are_those_of_its_latent(gaussian: Path, monkeypatch: p
         a = levels[timesteps.long()].reshape(-1, 1, 1, 1, 1)
         return (1 - a).sqrt() * (x - a.sqrt() * mean) / (0.25 * a + 1 - a)
 
-    noise = request_noise(9, range(1), 0, z.shape[1:])
+    noise = request_noise(9, range(1), NOISE_STEP, z.shape[1:])
     monkeypatch.setattr(torch, "randn_like", lambda _: torch.from_numpy(noise).double())
     inferer = LatentDiffusionInferer(ddpm(model.spec.scheduler, 1000), scale_factor=model.spec.scale_factor)
     _, terms = inferer.get_likelihood(
@@ -205,7 +205,8 @@ def test_folders_against_each_other(
     found = nibabel.load(tmp_path / "map.nii.gz")
     array = np.asarray(found.dataobj)
     assert array.shape == (8, 12, 8) and (found.affine == AFFINE).all()
-    np.testing.assert_allclose(array[::2, ::2, ::2], values[0].sum(0), rtol=2.0**-23)
+    np.testing.assert_allclose(array[::2, ::2, ::2], values[0].sum(0) / 8, rtol=2.0**-23)
+    assert array.sum(dtype=np.float64) == pytest.approx(values.sum(), rel=2.0**-22)
     np.testing.assert_array_equal(array[1::2, 1::2, 1::2], array[::2, ::2, ::2])
     assert run("likelihood", gaussian, path, tmp_path / "unlike", "--seed", 1, *given) == 0
     assert "AUC" not in capsys.readouterr().out
@@ -215,7 +216,8 @@ def test_folders_against_each_other(
         ((path, "--steps", 0), "steps=0"),
         ((path, "--seed", -1), "seed"),
         ((path, "--against", tmp_path / "unlike", "-o", tmp_path / "a.nii.gz"), "give one, not 5"),
-        ((tmp_path / "odd.nii.gz",), "o2=6"),
+        ((path, "--against", path), "1 images and 1: need 2 or more"),
+        ((path, tmp_path / "odd.nii.gz"), "odd.nii.gz: [encode] o2=6"),
         ((path, "--engine", "cuda"), "cuda"),
     ):
         assert run("likelihood", gaussian, *words) == 2

@@ -27,6 +27,7 @@ from volcast.triton_repo.gateway.server import Gateway
 from volcast.triton_repo.gateway.settings import Limits
 
 AFFINE = np.array([[1, 0, 0, -5], [0, 1.5, 0, 7], [0, 0, 2, 9], [0, 0, 0, 1.0]])
+TILTED = np.array([[0.875, 0.734375, 0, 3], [-0.484375, 1.3125, 0, 7], [0, 0, 2, 9], [0, 0, 0, 1.0]])
 TURNED = np.array([[0, 1.5, 0, 3], [1, 0, 0, 7], [0, 0, -2, 9], [0, 0, 0, 1.0]])
 
 
@@ -72,8 +73,8 @@ def saved(content: bytes, folder: Path) -> Volume:
 def test_a_volume_begins_with_the_image_and_lies_where_it_does(
     client: httpx.Client, model: Model, tmp_path: Path, zipped: bool
 ) -> None:
-    # Another size than the artifact's own, other axes: as `Model.sample` takes it.
-    given = image((4, 8, 12), TURNED)
+    # Another size than the artifact's own, a little turned: as `Model.sample` takes it.
+    given = image((4, 8, 12), TILTED)
     asked: dict[str, Any] = {
         "steps": 6,
         "strength": 0.5,
@@ -155,6 +156,7 @@ LABELS = text(label_map())
         ({"condition": {"x" * 101: 1}}, "need by name of up to 100 letters"),
         ({"condition": {}}, "mask is missing: give a int64 label map"),
         ({"condition": {"mask": text(label_map(TURNED))}}, "mask has axes ARI: need RAS"),
+        ({"image": text(image((12, 8, 8), TURNED))}, "image has axes ARI: need RAS"),
         ({"condition": {"mask": text(label_map(2 * AFFINE))}}, "mask has voxels of 2 x 3 x 4 mm: the model has 1 x 1.5 x 2"),
         ({"condition": {"mask": text(label_map(shape=(4, 12, 8)))}}, "axis o0 is 8 here"),
         ({"condition": {"mask": text(image())}}, "holds fractions"),

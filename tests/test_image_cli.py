@@ -65,7 +65,7 @@ def test_refusals(gaussian: Path, scan: Path, mask: Path, tmp_path: Path, capsys
             ("--image", scan, "--inpaint", mask, "--scheduler", "pndm"),
             "[repaint] pndm remembers earlier steps",
         ),
-        (("--image", scan, "--inpaint", mask, "--jump-length", 4), "jump_length=4: need 1..3"),
+        (("--image", scan, "--inpaint", mask, "--jump-length", 4), "jumps back 4 of 4 steps: need fewer"),
         (("--image", scan, "--inpaint", tmp_path / "none.nii"), "cannot read it as NIfTI"),
     ):
         assert sample(gaussian, tmp_path / "out.nii.gz", *more) == 2

@@ -26,7 +26,9 @@ from volcast.runtime.sampler import make_schedule
 from volcast.runtime.spec import SchedulerSpec
 from volcast.runtime.volume import Volume
 
-AFFINE = np.array([[2.0, 0, 0, 5], [0, 1, 0, -7], [0, 0, 3, 9], [0, 0, 0, 1]])
+AFFINE = np.array([[1.0, 0, 0, 5], [0, 1, 0, -7], [0, 0, 1, 9], [0, 0, 0, 1]])
+PLANE = AFFINE @ np.diag([1, 2, 3, 1])
+"""Of the 2D model's voxels."""
 CONTEXT = np.array([[0.4, -0.2, 0.7]])
 Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -166,12 +168,12 @@ def test_a_latent_model_in_3d_against_monai(default_artifact_folder: Path) -> No
         )
         wanted = autoencoder.decode_stage_2_outputs(torch.from_numpy(back) / bundle.scale_factor).numpy()
     found = model.anomaly(
-        Volume(x, AFFINE, (2.0, 1.0, 3.0)), condition={"context": context}, steps=4, spacing="leading"
+        Volume(x, AFFINE, (1.0, 1.0, 1.0)), condition={"context": context}, steps=4, spacing="leading"
     )
     # A deeper network, 200 roundings a call; the decoder's are some 100 more.
     assert_near(found.latent, latent, 200 * 2 * 3)
     assert_near(found.reconstruction.array[None, None], wanted, 200 * 5 * 3)
-    assert (found.map.affine == AFFINE).all() and found.map.spacing_mm == (2.0, 1.0, 3.0)
+    assert (found.map.affine == AFFINE).all() and found.map.spacing_mm == (1.0, 1.0, 1.0)
 
 
 def test_gaussian_data_in_closed_form(gaussian: Path) -> None:
@@ -213,7 +215,7 @@ def run(*words: object) -> int:
 
 def test_on_the_command_line(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     x = image(4, (8, 12, 1))
-    nibabel.save(nibabel.Nifti1Image(x, AFFINE), tmp_path / "x.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(x, PLANE), tmp_path / "x.nii.gz")
     given = (
         small / "classified",
         tmp_path / "x.nii.gz",
@@ -227,7 +229,7 @@ def test_on_the_command_line(small: Path, tmp_path: Path, capsys: pytest.Capture
     told = json.loads(capsys.readouterr().out)
     found, back = (nibabel.load(tmp_path / f"{name}.nii.gz") for name in ("map", "back"))
     array = np.asarray(found.dataobj)
-    assert array.shape == (8, 12, 1) and (found.affine == AFFINE).all() and (back.affine == AFFINE).all()
+    assert array.shape == (8, 12, 1) and (found.affine == PLANE).all() and (back.affine == PLANE).all()
     np.testing.assert_array_equal(array, np.abs(x - np.asarray(back.dataobj, np.float32)))
     assert told["steps"] == 4 and told["max"] == pytest.approx(float(array.max()))
     model = load(small / "classified", "onnxruntime")
@@ -238,9 +240,9 @@ def test_on_the_command_line(small: Path, tmp_path: Path, capsys: pytest.Capture
     assert run("anomaly", *given, *out, "--steps", 6, "--strength", 1, "--observed", "context=0,0,0") == 0
     assert "6 steps each way" in capsys.readouterr().out
 
-    nibabel.save(nibabel.Nifti1Image(x[:5], AFFINE), tmp_path / "odd.nii.gz")
-    nibabel.save(nibabel.Nifti1Image(x.repeat(2, 2), AFFINE), tmp_path / "deep.nii.gz")
-    nibabel.save(nibabel.Nifti1Image(x * np.nan, AFFINE), tmp_path / "nan.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(x[:5], PLANE), tmp_path / "odd.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(x.repeat(2, 2), PLANE), tmp_path / "deep.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(x * np.nan, PLANE), tmp_path / "nan.nii.gz")
     for words, message in (
         ((*given, "--label", 3), "label=3: need 0..2"),
         ((*given, "--label", 1, "--scale", "nan"), "scale=nan"),

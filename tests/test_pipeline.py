@@ -133,10 +133,17 @@ def test_image_to_image_starts_at_its_strength(model: Model) -> None:
 
 
 def test_a_volume_passes_its_affine_on(model: Model) -> None:
-    affine = np.array([[0, 0, 2, 5], [1, 0, 0, 6], [0, 1.5, 0, 7], [0, 0, 0, 1.0]])
+    affine = np.array([[0.8, -0.9, 0, 5], [0.6, 1.2, 0, 6], [0, 0, 2, 7], [0, 0, 0, 1.0]])
     image = Volume(np.zeros((8, 12, 8), np.float32), affine, (1.0, 1.5, 2.0))
     volume = model.sample(image=image, strength=0.1)
     np.testing.assert_array_equal(volume.affine, affine)
+    for turned, message in (
+        (np.diag([-1, 1.5, 2, 1]), "axes LAS: need RAS"),
+        (np.diag([2, 1.5, 2, 1]), "voxels of 2 x 1.5 x 2 mm: the model has 1 x 1.5 x 2"),
+    ):
+        spacing = tuple(float(one) for one in np.abs(np.diag(turned))[:3])
+        with pytest.raises(ValueError, match=message):
+            model.sample(image=Volume(image.array, turned.astype(np.float64), spacing), strength=0.1)
 
 
 def test_both_engines_give_the_same_numbers(gaussian: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any, final
 
 import numpy as np
 
+from volcast.runtime.frame import check_grid
 from volcast.runtime.low_res import enlargement
 from volcast.runtime.mask import on_grid
 from volcast.runtime.spec import LOW_RES, ArtifactSpec
@@ -35,7 +36,9 @@ class Files:
         if array.ndim != self._dims:
             raise ValueError(f"[request] image has shape {array.shape}: need {self._dims} axes")
         spacing = tuple(float(size) for size in header.get_zooms()[: self._dims])
-        return Volume(np.ascontiguousarray(array), np.asarray(header.get_best_affine(), np.float64), spacing)
+        affine = np.asarray(header.get_best_affine(), np.float64)
+        check_grid("[request] image", affine, spacing, self._spec)
+        return Volume(np.ascontiguousarray(array), affine, spacing)
 
     def conditions(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """`given` with the files among its values read, each on the model's grid (`runtime.mask`)."""
