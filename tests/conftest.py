@@ -173,6 +173,14 @@ def served(gaussian: Path) -> Any:
         running.stop()
 
 
+@pytest.fixture(autouse=True)
+def _ready(request: pytest.FixtureRequest) -> None:
+    """What a test finds is a server that answers, whatever the one before has done to it."""
+    for name in ("served", "labelled"):
+        if name in request.fixturenames:
+            request.getfixturevalue(name).ready()
+
+
 @pytest.fixture(scope="session")
 def masked_gaussian(gaussian: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`gaussian` with a label map, which is required."""

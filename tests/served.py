@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -43,6 +44,17 @@ class Served:
         with self.news:
             said = self.news.wait_for(lambda: sum(text in line for line in self.lines) >= count, 120)
         assert said, "".join(self.lines)
+
+    def ready(self) -> None:
+        """Wait until the server answers, which an earlier test may have ended: the supervisor starts it again."""
+        end = time.monotonic() + 120
+        while time.monotonic() < end:
+            with suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{self.metrics}/metrics", timeout=10).close()
+                if self.told("ready:") > self.told("restarting tritonserver"):
+                    return
+            time.sleep(0.05)
+        raise AssertionError("".join(self.lines))
 
     def told(self, text: str) -> int:
         """How many lines hold `text`."""
