@@ -9,7 +9,6 @@ what a request pays once.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -33,7 +32,8 @@ from volcast.runtime.programs import Programs
 from volcast.runtime.sampling import prepared
 from volcast.runtime.sizes import latent_sizes
 
-from .bench import environment, measure, paired_ratios, summarize
+from .bench import environment, measure
+from .beside_monai import MONAI, in_turns, run_cases
 
 Array = NDArray[np.generic]
 CASES: dict[str, dict[str, Any]] = {
@@ -84,9 +84,9 @@ def case(name: str, artifact: Path, threads: int, repeats: int) -> dict[str, Any
     mask = label_map(tuple(sizes[f"o{axis}"] for axis in range(3)))
     values = {key: value[None] for key, value in resolve(spec, {"mask": mask}, sizes).values.items()}
     x = np.random.default_rng(0).standard_normal((1, *bundle.latent_shape)).astype(np.float32)
-    steps: dict[str, Callable[[], Any]] = {"MONAI eager": monai_step(bundle, x, values)}
+    steps: dict[str, Callable[[], Any]] = {MONAI: monai_step(bundle, x, values)}
     prepares: dict[str, Callable[[], Any]] = {}
-    wanted = steps["MONAI eager"]()
+    wanted = steps[MONAI]()
     errors = {}
     for engine in ENGINES:
         programs = Programs(artifact, read_artifact(artifact), open_engine(engine, threads))
@@ -99,18 +99,14 @@ def case(name: str, artifact: Path, threads: int, repeats: int) -> dict[str, Any
         step = programs.open("step", {key: value.shape for key, value in inputs.items()})
         steps[f"volcast, {engine}"] = partial(step, inputs)
         errors[engine] = relative_l2(step(inputs)["out"], wanted)
-    seconds = dict(zip(steps, measure(list(steps.values()), warmup=3, repeats=repeats), strict=True))
+    figures = in_turns(steps, repeats, key="step_ms")
     once = measure(list(prepares.values()), warmup=1, repeats=5)
     ours = spec.programs["step"]
     return {
         "benchmark": "masks", "case": name, "environment": environment(threads), "latent": list(spec.latent_shape),
         "gflop": {"MONAI": round(ours.flops_before / 1e9, 3), "step": round(ours.flops / 1e9, 3)},
-        "step_ms": {key: summarize([1e3 * one for one in taken]).as_dict() for key, taken in seconds.items()},
+        **figures,
         "prepare_ms": {key: round(1e3 * min(taken), 2) for key, taken in zip(prepares, once, strict=True)},
-        "monai_over_volcast": {
-            key: paired_ratios(seconds["MONAI eager"], taken).as_dict()
-            for key, taken in seconds.items() if key != "MONAI eager"
-        },
         "relative_l2": errors,
     }  # fmt: skip
 
@@ -123,17 +119,9 @@ def main(
     """Milliseconds a step with a label map: median (min..max), and the ratio round by round."""
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
-        for name in CASES:
-            row = case(name, Path(folder) / name, threads, repeats)
-            for key, found in row["step_ms"].items():
-                ratio = row["monai_over_volcast"].get(key)
-                over = f", MONAI takes {ratio['median']:.2f} times as long" if ratio else ""
-                typer.echo(
-                    f"{name:<12} {key:<22} {found['median']:.1f} ms ({found['minimum']:.1f}..{found['maximum']:.1f}){over}"
-                )
-            if output is not None:
-                with output.open("a", encoding="utf-8") as lines:
-                    lines.write(json.dumps(row) + "\n")
+        run_cases(
+            CASES, lambda name: case(name, Path(folder) / name, threads, repeats), output, key="step_ms"
+        )
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ from volcast.runtime.sampling import prepared
 from volcast.runtime.sizes import latent_sizes
 from volcast.runtime.spec import LowResSpec, SchedulerSpec
 
-from .bench import environment, measure, paired_ratios, summarize
-from .report import append
+from .bench import environment, measure
+from .beside_monai import MONAI, in_turns, randomised, run_cases
 
 Array = NDArray[np.generic]
 ENGINES = ("openvino", "onnxruntime")
@@ -56,16 +56,6 @@ CLIP = ClipConfig(
     model_type="clip_text_model", vocab_size=1000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=4,
     num_attention_heads=16, hidden_act="gelu",
 )  # fmt: skip
-
-
-def randomised(network: torch.nn.Module) -> torch.nn.Module:
-    """Every parameter N(0, 1 / fan-in), norm scales 1: MONAI's fresh UNets return exactly 0."""
-    for name, parameter in network.named_parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-        else:
-            torch.nn.init.constant_(parameter, float(name.endswith("weight")))
-    return network.eval().requires_grad_(False)
 
 
 def make_bundle(name: str) -> Bundle:
@@ -90,7 +80,7 @@ def make_bundle(name: str) -> Bundle:
         conditions=conditions,
         provenance={},
         low_res=None if low_res is None else low_res.spec,
-        text_encoder=encoder,  # type: ignore[arg-type]
+        text_encoder=encoder,
     )
 
 
@@ -127,8 +117,8 @@ def step_case(name: str, artifact: Path, threads: int, repeats: int) -> dict[str
     branches: list[Mapping[str, Array]] = [
         {key: value[None] for key, value in resolve(spec, one, sizes).values.items()} for one in given
     ]
-    calls: dict[str, Callable[[], Any]] = {"MONAI eager": monai_step(bundle, x, branches)}
-    wanted = calls["MONAI eager"]()
+    calls: dict[str, Callable[[], Any]] = {MONAI: monai_step(bundle, x, branches)}
+    wanted = calls[MONAI]()
     prepares: dict[str, Callable[[], Any]] = {}
     errors = {}
     for engine in ENGINES:
@@ -147,7 +137,7 @@ def step_case(name: str, artifact: Path, threads: int, repeats: int) -> dict[str
         "benchmark": "upscaling", "case": name, "environment": environment(threads),
         "gflop": {"MONAI": round(ours.flops_before / 1e9, 3), "step": round(ours.flops / 1e9, 3)},
         "prepare_ms": {key: round(1e3 * min(taken), 2) for key, taken in zip(prepares, once, strict=True)},
-        **in_turns(calls, repeats), "relative_l2": errors,
+        **in_turns(calls, repeats, warmup=1), "relative_l2": errors,
     }  # fmt: skip
 
 
@@ -180,22 +170,10 @@ def sweep_case(threads: int, repeats: int) -> dict[str, Any]:
         return [volume.array for volume in volumes]
 
     error = relative_l2(np.stack(ours()), np.concatenate(monai())[:, 0])
-    calls: dict[str, Callable[[], Any]] = {"MONAI eager": monai, "volcast, openvino": ours}
+    calls: dict[str, Callable[[], Any]] = {MONAI: monai, "volcast, openvino": ours}
     return {
         "benchmark": "upscaling", "case": "sweep", "environment": environment(threads), "steps": SWEEP_STEPS,
-        **in_turns(calls, max(3, repeats // 5)), "relative_l2": {"openvino": error},
-    }  # fmt: skip
-
-
-def in_turns(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Any]:
-    """Milliseconds of each, and MONAI's over each other's, round by round."""
-    seconds = dict(zip(calls, measure(list(calls.values()), warmup=1, repeats=repeats), strict=True))
-    return {
-        "ms": {key: summarize([1e3 * one for one in taken]).as_dict() for key, taken in seconds.items()},
-        "monai_over_volcast": {
-            key: paired_ratios(seconds["MONAI eager"], taken).as_dict()
-            for key, taken in seconds.items() if key != "MONAI eager"
-        },
+        **in_turns(calls, max(3, repeats // 5), warmup=1), "relative_l2": {"openvino": error},
     }  # fmt: skip
 
 
@@ -208,18 +186,13 @@ def main(
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("text", "upscaler", "sweep"):
-            row = (
-                sweep_case(threads, repeats)
-                if name == "sweep"
-                else step_case(name, Path(folder) / name, threads, repeats)
-            )
-            for key, found in row["ms"].items():
-                ratio = row["monai_over_volcast"].get(key)
-                over = f", MONAI takes {ratio['median']:.2f} times as long" if ratio else ""
-                typer.echo(f"{name:<10} {key:<22} {found['median']:.1f} ms{over}")
-            if output is not None:
-                append(output, row)
+
+        def case(name: str) -> dict[str, Any]:
+            if name == "sweep":
+                return sweep_case(threads, repeats)
+            return step_case(name, Path(folder) / name, threads, repeats)
+
+        run_cases(("text", "upscaler", "sweep"), case, output)
 
 
 if __name__ == "__main__":

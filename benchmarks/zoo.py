@@ -9,7 +9,6 @@ with a label map that is new (`prepare` too), and with one that stays.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -35,7 +34,8 @@ from volcast.runtime.engine_auto import open_engine, physical_cores
 from volcast.runtime.programs import Programs
 from volcast.runtime.spec import ConditionSpec, SchedulerSpec
 
-from .bench import environment, measure, paired_ratios, summarize
+from .bench import environment
+from .beside_monai import MONAI, in_turns, randomised, run_cases
 
 Array = NDArray[np.generic]
 Calls = dict[str, Callable[[], Array]]
@@ -43,22 +43,12 @@ ENGINES = ("openvino", "onnxruntime")
 CASES = ("mednist_gan", "spade_gan", "mednist_ddpm")
 
 
-def randomised(network: Any) -> Any:
-    """Weights N(0, 1 / fan-in): a fresh UNet of MONAI's makes zeros."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in network.parameters():
-        scale = 0.05 if parameter.ndim < 2 else parameter[0].numel() ** -0.5
-        shift = 1 if parameter.ndim == 1 else 0
-        parameter.data = shift + scale * torch.randn(parameter.shape, generator=generator)
-    return network.eval()
-
-
 def gan(folder: Path, threads: int) -> Calls:
     """The image of one noise vector."""
     network = randomised(Generator((64,), (64, 8, 8), (32, 16, 8, 1), (2, 2, 2, 1)))
     z = np.random.default_rng(0).standard_normal((1, 64)).astype(np.float32)
     _export(folder, network, (64,), (1, 64, 64), 0, True)
-    calls: Calls = {"MONAI eager": lambda: _numpy(torch.sigmoid(network(torch.from_numpy(z))))}
+    calls: Calls = {MONAI: lambda: _numpy(torch.sigmoid(network(torch.from_numpy(z))))}
     for engine in ENGINES:
         decode = partial(_programs(folder, engine, threads).call, "decode", {"z": z})
         calls[f"volcast, {engine}"] = lambda decode=decode: decode()["image"]  # type: ignore[misc]
@@ -81,7 +71,7 @@ def spade_gan(folder: Path, threads: int) -> Calls:
         channels = functional.one_hot(torch.from_numpy(mask), 6).movedim(-1, 1).float()
         return _numpy(network.decode(channels, torch.from_numpy(z)))
 
-    calls: Calls = {"MONAI eager": eager}
+    calls: Calls = {MONAI: eager}
     for engine in ENGINES:
         programs = _programs(folder, engine, threads)
         kept = programs.call("prepare", {"mask": mask})
@@ -113,7 +103,7 @@ def ddpm(folder: Path, threads: int) -> Calls:
         np.random.default_rng(0).standard_normal((1, 1, 64, 64)).astype(np.float32),
         np.array([500.0], np.float32),
     )
-    calls: Calls = {"MONAI eager": lambda: _numpy(network(torch.from_numpy(x), torch.from_numpy(timesteps)))}
+    calls: Calls = {MONAI: lambda: _numpy(network(torch.from_numpy(x), torch.from_numpy(timesteps)))}
     for engine in ENGINES:
         programs = _programs(folder, engine, threads)
         given = {"x": x, "row": programs.call("schedule", {"timesteps": timesteps})["rows"]}
@@ -126,16 +116,11 @@ def case(name: str, folder: Path, threads: int, repeats: int) -> dict[str, Any]:
     """One line of the result."""
     with torch.no_grad():
         calls = {"mednist_gan": gan, "spade_gan": spade_gan, "mednist_ddpm": ddpm}[name](folder, threads)
-        wanted = calls["MONAI eager"]()
-        errors = {key: relative_l2(call(), wanted) for key, call in calls.items() if key != "MONAI eager"}
-        seconds = dict(zip(calls, measure(list(calls.values()), warmup=3, repeats=repeats), strict=True))
+        wanted = calls[MONAI]()
+        errors = {key: relative_l2(call(), wanted) for key, call in calls.items() if key != MONAI}
+        figures = in_turns(calls, repeats, key="call_ms")
     return {
-        "benchmark": "zoo", "case": name, "environment": environment(threads),
-        "call_ms": {key: summarize([1e3 * one for one in taken]).as_dict() for key, taken in seconds.items()},
-        "monai_over_volcast": {
-            key: paired_ratios(seconds["MONAI eager"], taken).as_dict()
-            for key, taken in seconds.items() if key != "MONAI eager"
-        },
+        "benchmark": "zoo", "case": name, "environment": environment(threads), **figures,
         "relative_l2": errors,
     }  # fmt: skip
 
@@ -169,17 +154,9 @@ def main(
     """Milliseconds a call: median (min..max), and the ratio round by round."""
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
-        for name in CASES:
-            row = case(name, Path(folder) / name, threads, repeats)
-            for key, found in row["call_ms"].items():
-                ratio = row["monai_over_volcast"].get(key)
-                over = f", MONAI takes {ratio['median']:.2f} times as long" if ratio else ""
-                typer.echo(
-                    f"{name:<13} {key:<37} {found['median']:.2f} ms ({found['minimum']:.2f}..{found['maximum']:.2f}){over}"
-                )
-            if output is not None:
-                with output.open("a", encoding="utf-8") as lines:
-                    lines.write(json.dumps(row) + "\n")
+        run_cases(
+            CASES, lambda name: case(name, Path(folder) / name, threads, repeats), output, key="call_ms"
+        )
 
 
 if __name__ == "__main__":

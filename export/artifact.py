@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from volcast.runtime.artifact import MANIFEST, digests
 from volcast.runtime.atomic import atomic_folder
+from volcast.runtime.generator_spec import GeneratorSpec
 from volcast.runtime.spec import FORMAT, ArtifactSpec, Precision, ProgramSpec, SlabSpec
+from volcast.runtime.token_spec import TokenSpec
 
 from .bundle import Bundle
 from .programs import PASSES, CapturedModel, capture_model
 from .slab_program import write_slabs
 from .to_onnx import to_onnx
+
+if TYPE_CHECKING:
+    from .generator_bundle import GeneratorBundle
+    from .transformer_bundle import TransformerBundle
+
+Written = TypeVar("Written", GeneratorSpec, TokenSpec)
 
 
 def export_bundle(
@@ -73,6 +82,39 @@ def export_bundle(
         )
         (temporary / MANIFEST).write_text(spec.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return spec
+
+
+def write_artifact(
+    bundle: GeneratorBundle | TransformerBundle,
+    folder: Path,
+    model: Callable[[], CapturedModel],
+    spec: type[Written],
+    own: Mapping[str, Any],
+    *,
+    precision: Precision,
+    batch: tuple[int, int],
+    replace: bool,
+    progress: Callable[[str], None],
+) -> Written:
+    """Write what `model` captures of `bundle` to `folder`, whole or not at all; `own`: what this kind of manifest has besides.
+
+    Raises ValueError where the folder exists (and not `replace`) or cannot be written, the batch range is empty, or
+    a network cannot be captured.
+    """
+    check_batch(batch)
+    with atomic_folder(folder, replace=replace) as temporary:
+        progress("capture")
+        captured = model()
+        versions = tool_versions()
+        programs = write_programs(captured, temporary, precision, versions, progress)
+        progress("manifest")
+        written = spec(
+            name=bundle.name, precision=precision, axes=captured.axes, programs=programs,  # type: ignore[arg-type]
+            spacing_mm=bundle.spacing_mm, conditions=bundle.conditions,
+            provenance={**bundle.provenance, **versions}, files=digests(temporary), **own,
+        )  # fmt: skip
+        (temporary / MANIFEST).write_text(written.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return written
 
 
 def check_batch(batch: tuple[int, int]) -> None:

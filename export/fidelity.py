@@ -81,15 +81,15 @@ def fidelity(
 
     Args:
         engine, threads: as in `volcast.load`.
-        samples: 1..10000; with one there are no halves, and the Fréchet distance has no budget; diversity needs 4.
+        samples: 1..10000; the Fréchet distance has a budget from 2 on, diversity from 4.
         sampler, reference_sampler: of each; None: the reference's is `sampler` without reuse.
         seed, condition, guidance: as in `Model.sample`.
         real: images of the volumes' shape and voxel size.
         on_step: called with the steps done and to do, of both.
 
     Raises:
-        ValueError: a bad artifact or argument, a reference that is not float32 or is another model, real images of
-            another shape.
+        ValueError: a bad artifact or argument, one volume where it would judge nothing, a reference that is not float32
+            or is another model, real images of another shape.
     """
     spec, theirs = read_artifact(artifact), read_artifact(reference)
     _check_fit(spec, theirs)
@@ -98,6 +98,12 @@ def fidelity(
         raise ValueError(f"[verify] samples={samples}: need 1..10000")
     wanted_sampler = (reference_sampler or replace(sampler, reuse=1)).resolved(theirs)
     sampler = sampler.resolved(spec)
+    quality = spec.quality or QualityBudget()
+    same = sampler == wanted_sampler
+    paired = same or "ddpm" not in (sampler.scheduler, wanted_sampler.scheduler)
+    alike = (ms_ssim_budget(spec.precision) if same else None) if quality.ms_ssim is None else quality.ms_ssim
+    if samples == 1 and (alike is None or not paired):
+        raise ValueError("[verify] samples=1: one volume of each sampler judges nothing; need 2 or more")
     requests: list[Settings] = [
         {"steps": one.steps, "scheduler": one.scheduler, "reuse": one.reuse, "guidance": guidance}
         for one in (sampler, wanted_sampler)
@@ -130,11 +136,8 @@ def fidelity(
         # The reference went through the same arguments: what is left are volumes that are not finite.
         checks += [Check(name="volumes", value=math.nan, budget=None, note=str(error))]
     else:
-        quality = spec.quality or QualityBudget()
-        same = sampler == wanted_sampler
-        if same or "ddpm" not in (sampler.scheduler, wanted_sampler.scheduler):
-            default = ms_ssim_budget(spec.precision) if same else None
-            checks += _volume_checks(found, wanted, default if quality.ms_ssim is None else quality.ms_ssim)
+        if paired:
+            checks += _volume_checks(found, wanted, alike)
         checks += distribution_checks(found, wanted, real, quality, seed)
     guided = "" if guidance is None else f", guidance {guidance:g}"
     others = "" if sampler == wanted_sampler else f" against {wanted_sampler}"

@@ -227,6 +227,28 @@ def capture_encoder(autoencoder: nn.Module, spatial: Sequence[int], scale: Seque
     return _program(original, axes, ["z_mu", "z_sigma"][: len(outputs(original))], known)
 
 
+def capture_program(
+    network: nn.Module,
+    examples: Mapping[str, Tensor],
+    free: Mapping[str, Mapping[int, str]],
+    output_names: Sequence[str],
+) -> CapturedProgram:
+    """A network of few passes: `examples` of its inputs, and of each the names of its free axes.
+
+    FLOPs are told at 1 along these.
+    """
+    original = capture(network.eval(), examples, free, {})
+    known = {name: _single(examples[name], free[name]) for name in inputs(original)}
+    before = (count_nodes(original), count_flops(original, list(known.values())))
+    return _program(phase_conv(original), _axes(original, free), output_names, known, before)
+
+
+def _single(example: Tensor, free: Mapping[int, str]) -> Tensor:
+    for axis in free:
+        example = example.narrow(axis, 0, 1)
+    return example.clone()
+
+
 def _capture_sizes(dims: int, multiple: int) -> list[int]:
     """Sizes for a capture: none equal to another or to one block, which torch would take for fixed."""
     return [multiple * (2 + axis) for axis in range(dims)]

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
 from volcast.runtime.spec import Axis
 
-from .capture import capture
-from .graph import count_flops, count_nodes, inputs, is_free, shape_of, symbol
-from .passes.phase_conv import phase_conv
-from .programs import CapturedModel, CapturedProgram
-from .to_onnx import tensor_specs
+from .programs import CapturedModel, CapturedProgram, capture_program
 from .transformer_bundle import TransformerBundle
 from .transformer_networks import CodeDecoder, CodeEncoder, CrossAttention, TransformerStep
 
@@ -37,17 +32,17 @@ def capture_transformer(bundle: TransformerBundle, batch: tuple[int, int]) -> Ca
         context = torch.zeros(2, *(int(size) for size in condition.shape))
         network = CrossAttention(bundle.transformer)
         names = _layered("cross_keys", "cross_values", _layers(bundle.transformer))
-        programs["prepare"] = _captured(network, {"context": context}, {"context": {0: "batch"}}, names)
+        programs["prepare"] = capture_program(network, {"context": context}, {"context": {0: "batch"}}, names)
         cross = dict(zip(names, network(context), strict=True))
     programs["step"] = _step(bundle.transformer, length, cross)
     indices = torch.zeros(2, *bundle.token_shape, dtype=torch.int64)
-    programs["decode"] = _captured(
+    programs["decode"] = capture_program(
         CodeDecoder(bundle.vqvae), {"indices": indices}, {"indices": {0: "batch"}}, ["image"]
     )
     channels = bundle.vqvae.in_channels
     assert isinstance(channels, int)
     image = torch.zeros(2, channels, *bundle.image_shape[1:])
-    programs["encode"] = _captured(
+    programs["encode"] = capture_program(
         CodeEncoder(bundle.vqvae), {"image": image}, {"image": {0: "batch"}}, ["indices"]
     )
     return CapturedModel(programs=programs, axes=tuple(axes))
@@ -72,41 +67,4 @@ def _step(transformer: nn.Module, length: int, cross: Mapping[str, Tensor]) -> C
         examples[name] = torch.zeros(2, heads, *shape)
     free: dict[str, dict[int, str]] = {name: {0: "batch"} for name in examples}
     free |= {"tokens": {0: "batch", 1: "block"}, "positions": {0: "block"}}
-    return _captured(TransformerStep(transformer, length), examples, free, ["logits", "keys", "values"])
-
-
-def _captured(
-    network: nn.Module,
-    examples: Mapping[str, Tensor],
-    free: Mapping[str, Mapping[int, str]],
-    outputs: Sequence[str],
-) -> CapturedProgram:
-    original = capture(network.eval(), examples, free, {})
-    graph = phase_conv(original)
-    described = tensor_specs(graph, _axes(graph, free), outputs)
-    single = [_single(examples[name], free[name]) for name in inputs(graph)]
-    return CapturedProgram(
-        graph=graph,
-        inputs=described[0],
-        outputs=described[1],
-        nodes=count_nodes(graph),
-        nodes_before=count_nodes(original),
-        flops=count_flops(graph, single),
-        flops_before=count_flops(original, single),
-    )
-
-
-def _single(example: Tensor, free: Mapping[int, str]) -> Tensor:
-    """The example at batch 1 and block 1, of which FLOPs are told."""
-    for axis in free:
-        example = example.narrow(axis, 0, 1)
-    return example.clone()
-
-
-def _axes(graph: GraphModule, free: Mapping[str, Mapping[int, str]]) -> dict[str, str]:
-    return {
-        symbol(shape_of(node)[axis]): name
-        for key, node in inputs(graph).items()
-        for axis, name in free[key].items()
-        if is_free(shape_of(node)[axis])
-    }
+    return capture_program(TransformerStep(transformer, length), examples, free, ["logits", "keys", "values"])

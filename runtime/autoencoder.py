@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .conditions import resolve
-from .frame import check_grid
+from .frame import fitted
 from .intensity import of_network, written
 from .job import Job
 from .memory_limit import DecodePlan, MemoryLimit
@@ -18,7 +18,6 @@ from .programs import Programs, bind
 from .sizes import latent_sizes
 from .slab_decode import decode_slabs
 from .spec import ArtifactSpec
-from .volume import Volume
 
 Images = NDArray[np.float32]
 Given = Mapping[str, NDArray[np.generic]]
@@ -110,9 +109,7 @@ def _within(programs: Programs, memory: MemoryLimit, latents: Images, given: Giv
 
 def encode(spec: ArtifactSpec, programs: Programs, image: Any) -> Images:
     """Latents `[N, C, D', H', W']` of images; see `Model.encode`."""
-    if isinstance(image, Volume):
-        check_grid("[encode] the image", image.affine, image.spacing_mm, spec)
-    array = image.array if isinstance(image, Volume) else np.asarray(image)
+    array = np.asarray(fitted("[encode] the image", image, spec))
     if array.ndim == len(spec.latent_shape) - 1:
         array = array[None]
     if "encode" not in spec.programs:

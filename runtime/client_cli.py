@@ -42,11 +42,12 @@ def request(
     """Ask a server for volumes and write them as NIfTI."""
     from .client import Client
     from .condition_text import parse_conditions
-    from .sample_output import output_files
+    from .sample_output import check_apart, output_files
     from .sizes import parse_sizes
     from .volume import read_nifti
 
     outputs = output_files(output, count, None)
+    check_apart(outputs, [] if image is None else [image])
     given: dict[str, Any] = {
         "steps": steps,
         "scheduler": scheduler,

@@ -41,8 +41,19 @@ def check_grid(
         )
 
 
+def fitted(where: str, image: Any, spec: Manifest) -> Any:
+    """`image` as a model takes it: a Volume must lie as `check_grid` says, and one slice for a 2D model loses its third
+    axis; an array stays as it is."""
+    if not isinstance(image, Volume):
+        return image
+    check_grid(where, image.affine, image.spacing_mm, spec)
+    if len(spec.spacing_mm) == 3 or len(image.spacing_mm) == 2 or image.array.shape[-1] != 1:
+        return image
+    return Volume(np.ascontiguousarray(image.array[..., 0]), image.affine, image.spacing_mm[:2])
+
+
 def place_of(
-    spec: ArtifactSpec, operation: str, image: Any, conditions: Iterable[Mapping[str, Any]]
+    spec: Manifest, operation: str, image: Any, conditions: Iterable[Mapping[str, Any]]
 ) -> Volume | None:
     """What the samples lie where: the image, or else a condition that is a Volume (a label map), which an upscaler's
     low-resolution image is more finely. None: neither has a place.
@@ -51,7 +62,7 @@ def place_of(
     """
     given = [("", image)] if image is not None else [item for one in conditions for item in one.items()]
     volumes = [
-        refined(spec, one) if spec.low_res is not None and name == LOW_RES else one
+        refined(spec, one) if isinstance(spec, ArtifactSpec) and spec.low_res and name == LOW_RES else one
         for name, one in given
         if isinstance(one, Volume)
     ]

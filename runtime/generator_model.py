@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from .conditions import resolve
 from .engine import Arrays, Engine
 from .engine_auto import open_engine
+from .frame import fitted, place_of
 from .generator_spec import GeneratorSpec
 from .memory import PeakMemory
 from .noise import request_noise
@@ -92,12 +93,8 @@ class GeneratorModel:
         values = [resolve(self.spec, one, sizes).values for one in given]
         style = None if image is None else self.encode(image)
         parts = [range(first, min(first + batch, n)) for first in range(0, n, batch)]
-        places = [value for one in given for value in one.values() if isinstance(value, Volume)]
-        if any((place.affine != places[0].affine).any() for place in places):
-            raise ValueError(
-                "[sample] the conditions lie in different places (affine): sample them one by one"
-            )
-        return self._run(parts, seed, values, style, places, on_step or (lambda done, total: None))
+        place = place_of(self.spec, "sample", None, given)
+        return self._run(parts, seed, values, style, place, on_step or (lambda done, total: None))
 
     def encode(self, image: Image) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Mean and deviation `[1, Z]` of the noise that has the style of an image `[D, H, W]` (2D: `[H, W]`).
@@ -106,10 +103,9 @@ class GeneratorModel:
         """
         if "encode" not in self.spec.programs:
             raise ValueError(f"[encode] {self.spec.name} has no encoder of styles; leave the image out")
-        array = image.array if isinstance(image, Volume) else np.asarray(image)
+        array = np.asarray(fitted("[encode] the image", image, self.spec))
         shape = self.spec.programs["encode"].inputs[0].shape[1:]
-        flat = array[..., 0] if array.ndim == len(shape) and array.shape[-1] == 1 else array
-        wanted = flat[None] if flat.ndim == len(shape) - 1 else flat
+        wanted = array[None] if array.ndim == len(shape) - 1 else array
         if wanted.shape != shape or array.dtype.kind not in "fiub" or not np.isfinite(array).all():
             raise ValueError(
                 f"[encode] got {array.dtype} {array.shape}: need finite numbers, {shape}; crop, pad or resample the image"
@@ -123,11 +119,11 @@ class GeneratorModel:
         seed: int,
         values: Sequence[Arrays],
         style: tuple[NDArray[np.float32], NDArray[np.float32]] | None,
-        places: Sequence[Volume],
+        place: Volume | None,
         on_step: OnStep,
     ) -> Iterator[Volume]:
-        spacing = places[0].spacing_mm if places else self.spec.spacing_mm
-        affine = places[0].affine if places else centred_affine(self.spec.image_shape[1:], spacing)
+        spacing = self.spec.spacing_mm if place is None else place.spacing_mm
+        affine = place.affine if place is not None else centred_affine(self.spec.image_shape[1:], spacing)
         for number, part in enumerate(parts):
             memory, watch = PeakMemory(), Stopwatch(self._programs)
             each = [values[i] for i in part] if len(values) > 1 else [values[0]] * len(part)

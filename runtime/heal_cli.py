@@ -41,10 +41,7 @@ def heal(
     check_apart(outputs, [image])
     given = read_nifti(image)
     model = load_tokens(artifact, read_manifest(artifact), engine, threads)
-    array = (
-        given.array[..., 0] if len(model.spec.token_shape) == 2 and given.array.shape[2] == 1 else given.array
-    )
-    found = model.heal(array, quantile=quantile, condition=parse_conditions(model.spec, condition or ()))
+    found = model.heal(given, quantile=quantile, condition=parse_conditions(model.spec, condition or ()))
     written = {output: ("anomaly", found.difference)}
     if healed is not None:
         written[healed] = ("healed", found.image)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .inpaint import Inpaint
-    from .volume import Volume
 
 
 def read_inpaint(
@@ -29,22 +28,3 @@ def read_inpaint(
     if image is None:
         raise ValueError("[sample] --inpaint: without --image FILE; give the image that the mask is of")
     return Inpaint(read_nifti(mask), paste=paste, **given)
-
-
-def edited(spec: Any, image: Volume | None, inpaint: Inpaint | None) -> dict[str, Any]:
-    """`image` and `inpaint` as a model of this spec takes them: one slice of a 2D model has no third axis."""
-    from dataclasses import replace
-
-    from .volume import Volume
-
-    def planar(volume: Volume | None) -> Volume | None:
-        if volume is None or len(spec.latent_shape) != 3 or volume.array.shape[2] != 1:
-            return volume
-        return Volume(volume.array[..., 0].copy(), volume.affine, volume.spacing_mm[:2])
-
-    shown = planar(image)
-    mask = None if inpaint is None or not isinstance(inpaint.mask, Volume) else planar(inpaint.mask)
-    return {
-        "image": shown,
-        "inpaint": None if inpaint is None or mask is None else replace(inpaint, mask=mask),
-    }

@@ -22,7 +22,7 @@ from .autoencoder import decode, decoder_conditions, encode
 from .classifier import Classifier, GuidedDenoiser
 from .denoiser import Denoiser
 from .engine import Engine
-from .frame import check_grid
+from .frame import fitted
 from .job import make_job
 from .memory_limit import job_sizes
 from .programs import Programs
@@ -148,15 +148,11 @@ def image_array(
 
     Raises ValueError for another shape, several images, what is no finite number.
     """
-    if isinstance(image, Volume):
-        check_grid(f"[{operation}] the image", image.affine, image.spacing_mm, spec)
-    array = image.array if isinstance(image, Volume) else np.asarray(image)
+    array = np.asarray(fitted(f"[{operation}] the image", image, spec))
     rank = len(spec.latent_shape) - 1
     channels = spec.latent_shape[0]
     if "encode" in spec.programs:
         channels = int(spec.programs["encode"].inputs[0].shape[1])
-    if rank == 2 and array.ndim == 3 and array.shape[-1] == 1 and isinstance(image, Volume):
-        array = array[..., 0]
     given = array.shape
     array = array[None] if array.ndim == rank else array
     array = array[None] if array.ndim == rank + 1 else array

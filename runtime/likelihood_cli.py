@@ -47,12 +47,14 @@ def likelihood(
     from .condition_text import parse_conditions
     from .pipeline import load
     from .roc import roc
+    from .sample_output import check_apart, output_files
     from .token_model import TokenModel
-    from .volume import check_nifti_path, read_nifti
+    from .volume import read_nifti
 
     known, unlike = nifti_files(images), [] if against is None else nifti_files([against])
     if output is not None:
-        check_nifti_path(output)
+        output_files(output, 1, None)
+        check_apart([output], known)
         if len(known) != 1 or unlike:
             raise ValueError(
                 f"[likelihood] --output {output}: holds the map of one image; give one, not {len(known) + len(unlike)}"
@@ -71,7 +73,7 @@ def likelihood(
         image = read_nifti(path)
         try:
             row, voxels = (
-                _tokens(model, image, path, given)
+                _tokens(model, image, given)
                 if isinstance(model, TokenModel)
                 else _bound(model, image, given, seed or 0, steps)
             )
@@ -112,15 +114,8 @@ def nifti_files(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def _tokens(model: TokenModel, image: Volume, path: Path, condition: Mapping[str, Any]) -> Row:
-    array = (
-        image.array[..., 0] if len(model.spec.token_shape) == 2 and image.array.shape[2] == 1 else image.array
-    )
-    if array.shape != model.image_shape[1:]:
-        raise ValueError(
-            f"[likelihood] the image has shape {array.shape}: need {model.image_shape[1:]}; crop, pad or resample it"
-        )
-    (tokens,) = model.likelihood(array, condition=condition)
+def _tokens(model: TokenModel, image: Volume, condition: Mapping[str, Any]) -> Row:
+    (tokens,) = model.likelihood(image, condition=condition)
     return {"log_likelihood": float(tokens.sum()), "nats_per_token": float(-tokens.mean())}, tokens
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack, final
 
@@ -18,7 +19,7 @@ from .default_artifact import default_artifact
 from .diffusion_likelihood import Bounding, bound_likelihood
 from .engine import Engine
 from .engine_auto import open_engine
-from .frame import place_of
+from .frame import fitted, place_of
 from .generator_model import load_generator
 from .generator_spec import GeneratorSpec
 from .host_memory import HostMemory
@@ -316,11 +317,13 @@ class Model:
         """The job, the latent to start from, and the frame of the image that it is of."""
         request = make_request(self.spec, seed, settings)
         check_image(image, inpaint, request)
+        image = fitted("[sample] the image", image, self.spec)
         x0 = None if image is None else encode_one(encode, image, size)
         size = size if x0 is None else x0.shape[1:]
         job = make_job(self.spec, request, n, batch, condition, size, negative, weights)
         if inpaint is not None and x0 is not None:
-            job, x0 = painted(job, inpaint, image, x0)
+            mask = fitted("[inpaint] the mask", inpaint.mask, self.spec)
+            job, x0 = painted(job, replace(inpaint, mask=mask), image, x0)
         each = condition if isinstance(condition, Sequence) else [condition or {}]
         place = place_of(self.spec, "sample", image, each)
         return job, x0, None if place is None else (place.affine, place.spacing_mm)

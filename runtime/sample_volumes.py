@@ -10,7 +10,6 @@ from typing import Any, final
 from .chain import Chain
 from .condition_text import mask_texts, parse_conditions
 from .generator_model import GeneratorModel, refuse_settings
-from .image_cli import edited
 from .inpaint import Inpaint
 from .request import OnStep, Settings
 from .token_cli import choice_settings
@@ -70,7 +69,7 @@ def sample_volumes(
     if isinstance(model, GeneratorModel):
         return model.sample_many(n, seed, **common, image=asked.image)
     common["negative"] = parse_conditions(model.spec, asked.negative) if asked.negative else None
-    common |= {**edited(model.spec, asked.image, asked.inpaint), "size": asked.size, **asked.settings}
+    common |= {"image": asked.image, "inpaint": asked.inpaint, "size": asked.size, **asked.settings}
     if not asked.then:
         volumes: Iterator[Volume] = model.sample_many(n, seed, **common)
         return volumes

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from .conditions import resolve
 from .engine import Arrays, Engine
 from .engine_auto import open_engine
+from .frame import fitted
 from .healing import Healed, heal_tokens, masked_difference, unlikely
 from .memory import PeakMemory
 from .programs import Programs
@@ -114,7 +115,7 @@ class TokenModel:
 
     def encode(self, image: Volume | NDArray[np.generic]) -> Indices:
         """Code indices int64 `[N, *token_shape]` of images `[N, C, D, H, W]`, or of one `[D, H, W]` or `[C, D, H, W]`."""
-        given = image.array if isinstance(image, Volume) else np.asarray(image)
+        given = np.asarray(fitted("[encode] the image", image, self.spec))
         wanted = self.image_shape
         array = given[None] if given.shape == wanted[1:] else given
         array = array[None] if array.shape == wanted else array

@@ -216,6 +216,7 @@ def test_folders_against_each_other(
         ((path, "--steps", 0), "steps=0"),
         ((path, "--seed", -1), "seed"),
         ((path, "--against", tmp_path / "unlike", "-o", tmp_path / "a.nii.gz"), "give one, not 5"),
+        ((path, "-o", path), "2.nii.gz is read, and would be replaced"),
         ((path, "--against", path), "1 images and 1: need 2 or more"),
         ((path, tmp_path / "odd.nii.gz"), "odd.nii.gz: [encode] o2=6"),
         ((path, "--engine", "cuda"), "cuda"),

@@ -181,6 +181,7 @@ def test_real_images(gaussian: Path, altered: Callable[..., Path], tmp_path: Pat
         (["--samples", "2", "--scheduler", "rflow"], "rflow"),
         (["--scheduler", "pndm"], "--scheduler: with MONAI one volume is compared"),
         (["--samples", "2", "--steps", "2", "--real", "nowhere"], "nowhere is no folder"),
+        (["--samples", "1", "--steps", "2"], "samples=1: one volume of each sampler judges nothing"),
     ],
 )
 def test_a_gate_that_cannot_be(gaussian: Path, capfd, arguments: list[str], message: str) -> None:

@@ -131,7 +131,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     mask = Volume(labels(16, 32, 8).astype(np.float32), np.diag([2.0, 2.0, 2.0, 1.0]), (2.0, 2.0, 2.0))
     mask.save(tmp_path / "label.nii.gz")
     style = Volume(
-        np.random.default_rng(3).standard_normal((16, 32, 8)).astype(np.float32), np.eye(4), (2.0, 2.0, 2.0)
+        np.random.default_rng(3).standard_normal((16, 32, 8)).astype(np.float32), mask.affine, (2.0, 2.0, 2.0)
     )
     style.save(tmp_path / "style.nii.gz")
     given = ["--mask", str(tmp_path / "label.nii.gz"), "--image", str(tmp_path / "style.nii.gz")]

@@ -17,7 +17,7 @@ from volcast import Volume
 from volcast.__main__ import app
 from volcast.runtime.healing import heal_tokens, unlikely
 from volcast.runtime.token_sequence import TokenSequence
-from volcast.runtime.volume import centred_affine, read_nifti
+from volcast.runtime.volume import read_nifti
 
 
 @pytest.fixture(scope="module", params=[FLAT, DEEP], ids=["2D", "3D"])
@@ -96,7 +96,8 @@ def test_the_command(
     tiny_tokens: Callable[[Tiny], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     artifact, image = tiny_tokens(DEEP) / "artifact", picture(DEEP)[0, 0].numpy()
-    scan = Volume(image, centred_affine(image.shape, (1.0, 2.0, 3.0)), (1.0, 2.0, 3.0))
+    affine = np.array([[1.0, 0, 0, 5], [0, 1, 0, -7], [0, 0, 1, 9], [0, 0, 0, 1]])
+    scan = Volume(image, affine, (1.0, 1.0, 1.0))
     scan.save(tmp_path / "scan.nii.gz")
     more = [] if context(DEEP) is None else ["-c", f"context=@{tmp_path / 'context.npy'}"]
     if more:

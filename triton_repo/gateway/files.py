@@ -8,7 +8,7 @@ from typing import Any, final
 
 import numpy as np
 
-from volcast.runtime.frame import check_grid
+from volcast.runtime.frame import fitted
 from volcast.runtime.low_res import enlargement
 from volcast.runtime.mask import on_grid
 from volcast.runtime.spec import LOW_RES, ArtifactSpec
@@ -31,14 +31,15 @@ class Files:
         if text is None:
             return None
         header, array = read_upload("image", text, self._most_voxels)
-        if array.ndim == 3 and self._dims == 2 and array.shape[2] == 1:
-            array = array[..., 0]
-        if array.ndim != self._dims:
+        slices = array.shape[2:] if self._dims == 2 else ()
+        if array.ndim - len(slices) != self._dims or slices not in ((), (1,)):
             raise ValueError(f"[request] image has shape {array.shape}: need {self._dims} axes")
-        spacing = tuple(float(size) for size in header.get_zooms()[: self._dims])
-        affine = np.asarray(header.get_best_affine(), np.float64)
-        check_grid("[request] image", affine, spacing, self._spec)
-        return Volume(np.ascontiguousarray(array), affine, spacing)
+        spacing = tuple(float(size) for size in header.get_zooms()[: array.ndim])
+        volume = Volume(
+            np.ascontiguousarray(array), np.asarray(header.get_best_affine(), np.float64), spacing
+        )
+        found: Volume = fitted("[request] image", volume, self._spec)
+        return found
 
     def conditions(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """`given` with the files among its values read, each on the model's grid (`runtime.mask`)."""
