@@ -16,10 +16,10 @@ from .condition_text import parse_conditions
 from .engine import Engine
 from .frame import SPACING_TOLERANCE
 from .job import Job, make_job
-from .low_res import enlargement, output_channels, output_shape
+from .low_res import enlargement
 from .pipeline import load
 from .request import OnStep, make_request
-from .sizes import whole
+from .sizes import volume_channels, volume_shape, whole
 from .spec import LOW_RES, ArtifactSpec
 from .volume import Volume
 
@@ -121,7 +121,7 @@ class Chain:
             try:
                 stage = _checked(stage, number)
                 if number:
-                    blank = np.zeros((output_channels(self.specs[number - 1]), *shape), np.float32)
+                    blank = np.zeros((volume_channels(self.specs[number - 1]), *shape), np.float32)
                     stage = {**stage, "condition": {**(stage.get("condition") or {}), LOW_RES: blank}}
                 job = _job(spec, n, seeds[number], stage)
             except ValueError as error:
@@ -129,7 +129,7 @@ class Chain:
                 raise ValueError(f"{place}{error}") from None
             image = stage.get("image")
             shape = (
-                output_shape(spec, job.shape[1:])
+                volume_shape(spec, job.shape[1:])
                 if image is None else np.shape(image)[-len(spec.spacing_mm):]
             )  # fmt: skip
             totals.append(len(job.plan) * -(-n // stage.get("batch", 1)))
@@ -196,10 +196,10 @@ def _check_fit(before: ArtifactSpec, after: ArtifactSpec) -> None:
             f"{where} it takes no low-resolution image; export it from a bundle with a low_res_scheduler"
         )
     wanted = next(one.shape for one in after.conditions if one.name == LOW_RES)
-    if len(before.latent_shape) != len(after.latent_shape) or wanted[0] != output_channels(before):
+    if len(before.latent_shape) != len(after.latent_shape) or wanted[0] != volume_channels(before):
         raise ValueError(
             f"{where} it takes {wanted[0]} channels of {len(wanted) - 1} axes, the samples before it have "
-            f"{output_channels(before)} of {len(before.spacing_mm)}; export models that fit"
+            f"{volume_channels(before)} of {len(before.spacing_mm)}; export models that fit"
         )
     written = [None if spec.intensity is None else spec.intensity.written for spec in (before, after)]
     if written[0] != written[1]:

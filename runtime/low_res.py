@@ -5,7 +5,6 @@ Noise conditioning augmentation (arXiv:2106.15282, section 4.2), as MONAI's 2d_s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -84,18 +83,3 @@ def refined(spec: ArtifactSpec, volume: Volume) -> Volume:
     factors = enlargement(spec)
     spacing = tuple(size / factor for size, factor in zip(volume.spacing_mm, factors, strict=True))
     return Volume(volume.array, refined_affine(volume.affine, factors), spacing)
-
-
-def output_shape(spec: ArtifactSpec, size: Sequence[int] | None) -> tuple[int, ...]:
-    """The spatial sizes of a sample whose latent has the sizes `size` (None: the artifact's own)."""
-    latent, sizes = latent_sizes(spec, size)
-    return tuple(
-        sizes.get(f"o{i}", one) if "decode" in spec.programs else one for i, one in enumerate(latent)
-    )
-
-
-def output_channels(spec: ArtifactSpec) -> int:
-    """The channels of a sample."""
-    if "decode" not in spec.programs:
-        return spec.latent_shape[0]
-    return math.prod(one for one in spec.programs["decode"].outputs[0].shape[1:2] if isinstance(one, int))

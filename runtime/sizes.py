@@ -101,6 +101,23 @@ def latent_sizes(
     return wanted, sizes | related_sizes(spec, sizes)
 
 
+def volume_shape(
+    spec: ArtifactSpec, size: Sequence[int] | None = None, operation: str = "sample"
+) -> tuple[int, ...]:
+    """The spatial shape of the volume that comes of a latent of these spatial sizes; arguments as in `latent_sizes`."""
+    spatial, sizes = latent_sizes(spec, size, operation)
+    if "decode" not in spec.programs:
+        return spatial
+    shape = spec.programs["decode"].outputs[0].shape[2:]
+    return tuple(one if isinstance(one, int) else sizes[one] for one in shape)
+
+
+def volume_channels(spec: ArtifactSpec) -> int:
+    """The channels of a volume."""
+    size = spec.programs["decode"].outputs[0].shape[1] if "decode" in spec.programs else spec.latent_shape[0]
+    return size if isinstance(size, int) else 1
+
+
 def related_sizes(spec: Manifest, sizes: Mapping[str, int]) -> dict[str, int]:
     """The sizes that follow from the latent's: an image's (`o0` of `d0`) and those of a network's levels (`d0_2`).
 

@@ -14,6 +14,7 @@ from volcast.runtime.artifact import read_artifact
 from volcast.runtime.interface import read_request
 from volcast.runtime.pipeline import load
 from volcast.runtime.probe import probe_tensors
+from volcast.runtime.sizes import volume_shape
 from volcast.runtime.spec import ArtifactSpec
 from volcast.triton_repo.gateway.body import BodyReader, parse_json
 from volcast.triton_repo.gateway.keys import NOBODY, Keys, read_keys
@@ -22,7 +23,6 @@ from volcast.triton_repo.gateway.refusal import Refusal
 from volcast.triton_repo.gateway.schema import body_schema
 from volcast.triton_repo.gateway.server import check_exposure
 from volcast.triton_repo.gateway.settings import Limits, Listening
-from volcast.triton_repo.gateway.shapes import volume_shape
 from volcast.triton_repo.gateway.store import VolumeStore
 
 KEY, OTHER = "a" * 16, "b" * 16

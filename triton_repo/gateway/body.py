@@ -19,13 +19,14 @@ from volcast.runtime.interface import Array, as_bytes, inputs, read_request
 from volcast.runtime.job import Job, make_job
 from volcast.runtime.low_res import low_res_size, with_channels
 from volcast.runtime.request import make_request
+from volcast.runtime.sizes import volume_channels, volume_shape
 from volcast.runtime.spec import ArtifactSpec
 from volcast.runtime.volume import Volume
 
 from .files import Files
 from .refusal import Refusal
 from .settings import Limits
-from .shapes import image_latent, takes_file, takes_image, volume_shape
+from .shapes import image_latent, takes_file, takes_image
 
 DEPTH, DIGITS = 8, 64
 """Of brackets inside brackets: the body, `condition` and an array of five axes are seven. Of a number's letters."""
@@ -119,7 +120,7 @@ class BodyReader:
         size: Sequence[int] | None = self._size(image, asked.size, request.strength)
         if self._spec.low_res is not None and size is None:
             size = low_res_size(self._spec, condition)
-        shape = volume_shape(self._spec, size)
+        shape = volume_shape(self._spec, size, "request")
         self._check_bytes(shape, asked.samples)
         job = make_job(self._spec, request, asked.samples, 1, condition, size)
         self._check_previews(job, asked.preview_every, asked.samples)
@@ -171,7 +172,7 @@ class BodyReader:
         return found
 
     def _check_bytes(self, shape: tuple[int, ...], samples: int) -> None:
-        voxels, most = math.prod(shape) * _channels(self._spec), self._limits.voxels
+        voxels, most = math.prod(shape) * volume_channels(self._spec), self._limits.voxels
         if voxels > most:
             raise Refusal("too_large", f"[request] size: volumes of {_times(shape)} = {voxels} voxels; this server makes up to {most}")  # fmt: skip
         # float32, a hundredth for what gzip adds to noise, and a header.
@@ -205,11 +206,6 @@ def parse_json(content: bytes) -> Any:
         raise ValueError("[request] the body is not UTF-8") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"[request] the body is no JSON: {error}") from error
-
-
-def _channels(spec: ArtifactSpec) -> int:
-    size = spec.programs["decode"].outputs[0].shape[1] if "decode" in spec.programs else spec.latent_shape[0]
-    return size if isinstance(size, int) else 1
 
 
 def _refuse_constant(name: str) -> None:

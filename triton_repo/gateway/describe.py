@@ -8,11 +8,12 @@ from pydantic import BaseModel
 
 import volcast
 from volcast.runtime.interface import MOST_SAMPLES
+from volcast.runtime.sizes import volume_shape
 from volcast.runtime.spec import ArtifactSpec, ConditionSpec
 
 from .refusal import STATUS
 from .settings import Limits
-from .shapes import takes_file, takes_image, volume_shape
+from .shapes import takes_file, takes_image
 
 _DIFFUSION = ["ddim", "ddpm", "pndm", "dpm-solver++"]
 
@@ -27,7 +28,7 @@ def model_entry(spec: ArtifactSpec, name: str, limits: Limits) -> dict[str, Any]
         "description": spec.provenance.get("bundle", spec.name),
         "default": {"steps": spec.scheduler.steps, "scheduler": spec.scheduler.scheduler, "size": list(spatial)},
         "schedulers": ["rflow"] if spec.scheduler.prediction_type == "flow" else _DIFFUSION,
-        "volume": {"shape": list(volume_shape(spec, None)), "spacing_mm": list(spec.spacing_mm)},
+        "volume": {"shape": list(volume_shape(spec)), "spacing_mm": list(spec.spacing_mm)},
         "conditions": [_condition(spec, one) for one in spec.conditions],
         "image": takes_image(spec),
         "guidance": any(one.unconditional is not None for one in spec.conditions),

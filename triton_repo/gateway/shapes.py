@@ -1,20 +1,11 @@
-"""The shapes of an artifact's volumes, and what of a request may be a volume in a file."""
+"""What of a request may be a volume in a file, and the latent of an image."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from volcast.runtime.sizes import check_size, latent_sizes
+from volcast.runtime.sizes import check_size, volume_shape
 from volcast.runtime.spec import ArtifactSpec, ConditionSpec
-
-
-def volume_shape(spec: ArtifactSpec, size: Sequence[int] | None) -> tuple[int, ...]:
-    """The spatial shape of the volume that comes of a latent of these spatial sizes; ValueError: as `latent_sizes`."""
-    spatial, sizes = latent_sizes(spec, size, "request")
-    if "decode" not in spec.programs:
-        return spatial
-    shape = spec.programs["decode"].outputs[0].shape[2:]
-    return tuple(one if isinstance(one, int) else sizes[one] for one in shape)
 
 
 def image_latent(spec: ArtifactSpec, shape: Sequence[int]) -> tuple[int, ...]:
@@ -25,10 +16,10 @@ def image_latent(spec: ArtifactSpec, shape: Sequence[int]) -> tuple[int, ...]:
     for axis, size in zip(wanted, shape, strict=True):
         if isinstance(axis, str):
             check_size("request image", spec.axis(axis), size)
-    own, latent = volume_shape(spec, None), spec.latent_shape[1:]
+    own, latent = volume_shape(spec), spec.latent_shape[1:]
     # Axes of one image are multiples of the same blocks: as many voxels a latent voxel as in the artifact's own volume.
     found = tuple(size * one // whole for size, one, whole in zip(shape, latent, own, strict=True))
-    if volume_shape(spec, found) != tuple(shape):
+    if volume_shape(spec, found, "request") != tuple(shape):
         raise ValueError(
             f"[request] image has shape {tuple(shape)}: need one as {own}; crop, pad or resample it"
         )
