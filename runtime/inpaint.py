@@ -60,18 +60,9 @@ def make_known(image: Volume | NDArray[Any], inpaint: Inpaint, z: NDArray[np.flo
     Raises:
         ValueError: a mask of another shape or place, of nothing, or of all; a latent that does not divide the image.
     """
-    dims, mask = z.ndim - 1, inpaint.mask
     array = np.asarray(image)
-    shape = array.shape[-dims:]
-    hidden = _hidden(mask, shape)
-    if (
-        isinstance(image, Volume)
-        and isinstance(mask, Volume)
-        and not np.allclose(image.affine, mask.affine, rtol=0, atol=1e-3 * min(image.spacing_mm))
-    ):
-        raise ValueError(
-            "[inpaint] the mask lies elsewhere than the image (affine); resample it to the image's grid"
-        )
+    shape = array.shape[1 - z.ndim :]
+    hidden = hidden_voxels(image, inpaint.mask, shape)
     latent = _pooled(hidden, z.shape[1:])
     if latent.all():
         raise ValueError(
@@ -82,11 +73,24 @@ def make_known(image: Volume | NDArray[Any], inpaint: Inpaint, z: NDArray[np.flo
     return Known(x0=z, keep=np.ascontiguousarray(keep, np.float32), image=whole, stays=~hidden)
 
 
-def _hidden(mask: Volume | NDArray[Any], shape: Sequence[int]) -> NDArray[np.bool_]:
+def hidden_voxels(image: Any, mask: Any, shape: Sequence[int]) -> NDArray[np.bool_]:
+    """Where a mask is not 0, `shape` being the image's `[D, H, W]`.
+
+    Raises:
+        ValueError: another shape, no numbers, 0 everywhere; two Volumes that lie in different places.
+    """
     numbers = np.asarray(mask)
     if numbers.shape != tuple(shape) or numbers.dtype.kind not in "biuf":
         raise ValueError(
             f"[inpaint] the mask is {numbers.dtype} {numbers.shape}: need numbers of the image's shape {tuple(shape)}"
+        )
+    if (
+        isinstance(image, Volume)
+        and isinstance(mask, Volume)
+        and not np.allclose(image.affine, mask.affine, rtol=0, atol=1e-3 * min(image.spacing_mm))
+    ):
+        raise ValueError(
+            "[inpaint] the mask lies elsewhere than the image (affine); resample it to the image's grid"
         )
     if not np.isfinite(numbers).all():
         raise ValueError("[inpaint] the mask holds NaN or infinity; give 0 and 1")
