@@ -79,24 +79,27 @@ def unconditional(
         raise ValueError(
             f"[sample] guidance: {spec.name} names no unconditional value; give negative={{...}}, or leave guidance out"
         )
-    named = _named(spec, negative or {}, conditions.sizes)
+    other = _values(spec, negative or {}, conditions.sizes)
     values = dict(conditions.values)
     for condition in spec.conditions:
-        if condition.name in named:
-            values[condition.name] = named[condition.name]
+        if condition.name in other:
+            values[condition.name] = other[condition.name]
         elif condition.unconditional is not None:
             values[condition.name] = np.full_like(values[condition.name], condition.unconditional)
     return values
 
 
-def _named(spec: ArtifactSpec, given: Mapping[str, Any], sizes: Mapping[str, int]) -> Mapping[str, Array]:
+def named(spec: Manifest, given: Iterable[str]) -> tuple[ConditionSpec, ...]:
+    """Those conditions that are among the names `given`, or fields of which are."""
+    names = set(given)
+    return tuple(one for one in spec.conditions if names & {one.name, *(field.name for field in one.fields)})
+
+
+def _values(spec: ArtifactSpec, given: Mapping[str, Any], sizes: Mapping[str, int]) -> Mapping[str, Array]:
     """The values of those conditions that `given` names, or fields of which it names."""
     try:
         _refuse_unknown(spec.conditions, given)
-        chosen = tuple(
-            one for one in spec.conditions if given.keys() & {one.name, *(field.name for field in one.fields)}
-        )
-        return resolve(spec.model_copy(update={"conditions": chosen}), given, sizes).values
+        return resolve(spec.model_copy(update={"conditions": named(spec, given)}), given, sizes).values
     except ValueError as error:
         raise ValueError(str(error).replace("[condition]", "[negative]", 1)) from None
 

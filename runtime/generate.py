@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -18,6 +18,7 @@ import volcast
 
 from .artifact import MANIFEST, read_artifact
 from .atomic import sha256
+from .condition_text import parse_conditions
 from .dataset import Dataset
 from .dataset_conditions import DatasetConditions, listed, parse_dataset_conditions
 from .dataset_manifest import SHARD, Entry, volume_name
@@ -43,6 +44,7 @@ class Generation:
         engine: never "auto": what a run resolves must be what the next one does.
         threads: of each worker. Part of the settings, since an engine may round otherwise with more.
         settings: `steps` and `scheduler` are resolved.
+        negative: conditions of guidance's other branch, of every volume.
     """
 
     artifact: Path
@@ -54,6 +56,7 @@ class Generation:
     threads: int
     settings: Settings
     conditions: DatasetConditions
+    negative: Mapping[str, Any]
 
     def described(self) -> dict[str, Any]:
         """The content of `dataset.json`: all that a volume's bytes depend on, and not how many there are."""
@@ -64,6 +67,7 @@ class Generation:
             "seed": self.seed,
             **self.settings,
             "conditions": self.conditions.listed(),
+            **({"negative": listed(self.negative)} if self.negative else {}),
             "engine": self.engine,
             "threads": self.threads,
             "shard": SHARD,
@@ -72,7 +76,8 @@ class Generation:
     def recipe(self, parts: Path) -> Recipe:
         return Recipe(
             artifact=self.artifact, artifact_sha256=self.artifact_sha256, engine=self.engine, threads=self.threads,
-            seed=self.seed, settings=self.settings, constant=self.conditions.constant, parts=parts,
+            seed=self.seed, settings=self.settings, constant=self.conditions.constant, negative=self.negative,
+            parts=parts,
         )  # fmt: skip
 
     def entry(self, made: Made) -> Entry:
@@ -92,6 +97,7 @@ def prepare(
     threads: int = 1,
     here: bool = True,
     condition: Iterable[str] = (),
+    negative: Iterable[str] = (),
     settings: Settings | None = None,
 ) -> Generation:
     """Check everything that can be checked without running a program.
@@ -100,6 +106,7 @@ def prepare(
         count: 0..1,000,000.
         here: whether the engine is this machine's; otherwise `engine` is not "auto" and need not be installed.
         condition: texts as `parse_dataset_conditions` reads them.
+        negative: texts as `parse_conditions` reads them, the same for every volume.
         settings: `steps`, `scheduler`, `guidance`.
 
     Raises:
@@ -113,15 +120,16 @@ def prepare(
     refuse_reuse(request, "generate", "call Model.sample_many, which keeps features")
     conditions = parse_dataset_conditions(spec, condition)
     conditions.check(spec, seed, count)
+    other = parse_conditions(spec, negative)
     if count:
-        make_job(spec, request, 1, 1, {**conditions.constant, **conditions.own(seed, 0)}, None)
+        make_job(spec, request, 1, 1, {**conditions.constant, **conditions.own(seed, 0)}, None, other)
     wanted["steps"] = request.sampler.steps
     wanted["scheduler"] = request.sampler.scheduler or spec.scheduler.scheduler
     # An engine for a GPU is opened by the workers alone: the GPU may be elsewhere.
     name = open_engine(engine, threads).name if here and engine in ("auto", *INSTALL) else engine
     return Generation(
         artifact=artifact.resolve(), artifact_sha256=sha256(artifact / MANIFEST), name=spec.name, count=count,
-        seed=seed, engine=name, threads=threads, settings=wanted, conditions=conditions,
+        seed=seed, engine=name, threads=threads, settings=wanted, conditions=conditions, negative=other,
     )  # fmt: skip
 
 

@@ -39,6 +39,10 @@ def generate(
             "or a .csv or .jsonl file with a row a volume; repeatable.",
         ),
     ] = None,
+    negative: Annotated[
+        list[str] | None,
+        typer.Option(help="name=0.5 or name=@file.npy, for guidance's other branch of each; repeatable."),
+    ] = None,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -84,7 +88,8 @@ def generate(
         made_with = found[0] if engine == "auto" else engine, threads or found[1]
     generation = prepare(
         artifact or default_artifact(), num, seed=seed, engine=made_with[0], threads=made_with[1], here=not server,
-        condition=condition or (), settings={"steps": steps, "scheduler": scheduler, "guidance": guidance},
+        condition=condition or (), negative=negative or (),
+        settings={"steps": steps, "scheduler": scheduler, "guidance": guidance},
     )  # fmt: skip
     try:
         _generate(generation, out, workers, ray, server or (), as_json, quiet)

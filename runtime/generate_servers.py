@@ -17,6 +17,7 @@ from typing import final
 from .answers import unpack_volume
 from .artifact import read_artifact
 from .client import Client, Unavailable
+from .conditions import named
 from .exchange import retry_s
 from .generate_worker import (
     FAULTS,
@@ -33,7 +34,6 @@ from .generate_worker import (
     keep,
 )
 from .interface import text_of
-from .job import make_job
 from .request import make_request
 from .volume import Volume
 
@@ -132,9 +132,11 @@ class Servers(Crew):
 
     def _make(self, client: Client, task: Task) -> Made:
         recipe = self._recipe
-        job = make_job(self._spec, self._request, task.sample + 1, 1, {**recipe.constant, **task.own}, None)
+        job = recipe.job(self._spec, self._request, task)
+        other = job.unconditional[0] if job.unconditional else {}
+        negative = {f"negative_{one.name}": other[one.name] for one in named(self._spec, recipe.negative)}
         given = {
-            **recipe.settings, **job.conditional[0], "seed": recipe.seed, "first_sample": task.sample,
+            **recipe.settings, **job.conditional[0], **negative, "seed": recipe.seed, "first_sample": task.sample,
             "output_format": "float32",
         }  # fmt: skip
         while True:

@@ -14,9 +14,9 @@ import numpy as np
 from .artifact import MANIFEST, read_artifact
 from .atomic import sha256
 from .engine_auto import open_engine
-from .job import make_job
+from .job import Job, make_job
 from .programs import Programs
-from .request import Settings, make_request
+from .request import Request, Settings, make_request
 from .sampling import Watch
 from .spec import ArtifactSpec
 from .volume import Volume, centred_affine
@@ -34,7 +34,7 @@ class Recipe:
         artifact: its folder, under the same path wherever a worker runs.
         artifact_sha256: of its manifest, which lists the sha256 of every other file.
         engine: a name of `EngineName` but "auto".
-        constant: conditions of every sample.
+        constant: conditions of every sample; `negative`: those of guidance's other branch that are not its own.
         parts: the folder that the workers write to.
     """
 
@@ -45,7 +45,12 @@ class Recipe:
     seed: int
     settings: Settings
     constant: Mapping[str, Any]
+    negative: Mapping[str, Any]
     parts: Path
+
+    def job(self, spec: ArtifactSpec, request: Request, task: Task) -> Job:
+        """What makes the volume of `task`."""
+        return make_job(spec, request, task.sample + 1, 1, {**self.constant, **task.own}, None, self.negative)
 
 
 @final
@@ -95,8 +100,7 @@ class Worker:
             ValueError: values that are not finite, no room, the parts' folder is not there.
         """
         recipe, spec, sample = self._recipe, self._spec, task.sample
-        request = make_request(spec, recipe.seed, recipe.settings)
-        job = make_job(spec, request, sample + 1, 1, {**recipe.constant, **task.own}, None)
+        job = recipe.job(spec, make_request(spec, recipe.seed, recipe.settings), task)
         images, report = next(iter(self._sampler.run(job, [range(sample, sample + 1)], None, Watch())))
         affine = centred_affine(images.shape[2:], spec.spacing_mm)
         array = np.ascontiguousarray(images[0, 0] if images.shape[1] == 1 else images[0])

@@ -106,6 +106,25 @@ def test_volumes_are_those_of_sample_many(gaussian: Path, whole: Path, capsys) -
     assert (whole / "manifest.jsonl").read_bytes() == before
 
 
+def test_the_other_branch_of_guidance_may_have_conditions(gaussian: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"seed": 3, "engine": "onnxruntime", "condition": ["anterior=0.25"]}
+    negative, settings = ["anterior=0.9", "posterior=0"], {"steps": 3, "guidance": 2.0}
+    generation = generate.prepare(gaussian, 2, negative=negative, settings=settings, **given)
+    assert generation.described()["negative"] == {"anterior": 0.9, "posterior": 0.0}
+    assert "negative" not in generate.prepare(gaussian, 2, settings=settings, **given).described()
+    worker = Worker(generation.recipe(tmp_path))
+    worker.load()
+    made = worker.make(Task(sample=1, own={}))
+    with volcast.load(gaussian, engine="onnxruntime", threads=1) as model:
+        other = {"anterior": 0.9, "posterior": 0.0}
+        alone = model.submit(3, sample=1, condition={"anterior": 0.25}, negative=other, **settings).result()
+    np.testing.assert_array_equal(np.asarray(nibabel.load(made.part).dataobj), alone.array)
+    with pytest.raises(ValueError, match="negative without guidance"):
+        generate.prepare(gaussian, 1, negative=negative, settings={"steps": 3}, **given)
+    with pytest.raises(ValueError, match=r"\[negative\] unknown name 'front'"):
+        generate.prepare(gaussian, 1, negative=["front=1"], settings=settings, **given)
+
+
 def test_killed_workers_are_replaced(gaussian: Path, whole: Path, tmp_path: Path) -> None:
     chance = random.Random(0)
     out = tmp_path / "set"
