@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from . import image_cli
 from .engine_name import EngineName
 
 Artifact = Annotated[
@@ -23,6 +24,20 @@ Scheduler = Annotated[
     typer.Option(help="Left out: the model's own."),
 ]
 Guidance = Annotated[float | None, typer.Option(help="Weight of classifier-free guidance.")]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        help="Weight of classifier-free guidance; 1..10 or 1,2.5,7: a volume for each, OUTPUT_guidance1, .."
+    ),
+]
+Conditions = Annotated[
+    list[str] | None,
+    typer.Option("--condition", "-c", help="name=0.5, name=0.5,0.2 or name=@file.npy; repeatable."),
+]
+Negative = Annotated[
+    list[str] | None,
+    typer.Option(help="As --condition, for guidance's other branch (a negative prompt); repeatable."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 
@@ -47,20 +62,9 @@ def sample(
     reuse: Annotated[
         int, typer.Option(help="The whole network at every k-th step alone; needs `volcast export --reuse`.")
     ] = 1,
-    guidance: Annotated[
-        str | None,
-        typer.Option(
-            help="Weight of classifier-free guidance; 1..10 or 1,2.5,7: a volume for each, OUTPUT_guidance1, .."
-        ),
-    ] = None,
-    condition: Annotated[
-        list[str] | None,
-        typer.Option("--condition", "-c", help="name=0.5, name=0.5,0.2 or name=@file.npy; repeatable."),
-    ] = None,
-    negative: Annotated[
-        list[str] | None,
-        typer.Option(help="As --condition, for guidance's other branch (a negative prompt); repeatable."),
-    ] = None,
+    guidance: Weights = None,
+    condition: Conditions = None,
+    negative: Negative = None,
     mask: Annotated[
         list[str] | None,
         typer.Option(
@@ -76,17 +80,10 @@ def sample(
     size: Annotated[str | None, typer.Option(help="Latent sizes, as 8,12,8.")] = None,
     image: Annotated[Path | None, typer.Option(help="NIfTI file to start from (image to image).")] = None,
     strength: Annotated[float, typer.Option(help="With --image: how far it is noised, up to 1.")] = 1.0,
-    inpaint: Annotated[
-        Path | None,
-        typer.Option(help="With --image: NIfTI mask, not 0 where to paint anew (RePaint); the rest stays."),
-    ] = None,
-    resamples: Annotated[
-        int | None, typer.Option(help="With --inpaint: runs of each stretch of steps; left out: 4.")
-    ] = None,
-    jump_length: Annotated[
-        int | None, typer.Option(help="With --inpaint: steps of such a stretch; left out: 1.")
-    ] = None,
-    paste: Annotated[bool, typer.Option(help="With --inpaint: put the image's own voxels back.")] = True,
+    inpaint: image_cli.Mask = None,
+    resamples: image_cli.Resamples = None,
+    jump_length: image_cli.JumpLength = None,
+    paste: image_cli.Paste = True,
     mean: Annotated[Path | None, typer.Option(help="NIfTI file: the mean of the -n volumes.")] = None,
     variance: Annotated[Path | None, typer.Option(help="NIfTI file: their variance (by n - 1).")] = None,
     temperature: Annotated[float | None, typer.Option(help="Token models: above 0; left out: 1.")] = None,
@@ -112,7 +109,6 @@ def sample(
     from .chain import parse_stage
     from .condition_text import parse_weights
     from .default_artifact import default_artifact
-    from .image_cli import read_inpaint
     from .pipeline import load
     from .sample_output import make_places, write_volumes
     from .sample_volumes import Asked, sample_volumes
@@ -132,7 +128,7 @@ def sample(
         choice={"temperature": temperature, "top_k": top_k, "top_p": top_p},
         condition=condition or (), negative=negative or (), mask=mask or (), size=parse_sizes("sample", size),
         image=None if image is None else read_nifti(image),
-        inpaint=read_inpaint(image, inpaint, resamples, jump_length, paste),
+        inpaint=image_cli.read_inpaint(image, inpaint, resamples, jump_length, paste),
         then=[parse_stage(text) for text in then or ()],
     )  # fmt: skip
     folder = artifact or default_artifact(controlled=bool(mask))

@@ -1,12 +1,25 @@
-"""What `volcast sample` needs of images: the one to start from, the part to paint anew."""
+"""What `volcast sample` and `volcast request` need of images: the one to start from, the part to paint anew."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 if TYPE_CHECKING:
     from .inpaint import Inpaint
+
+
+Mask = Annotated[
+    Path | None,
+    typer.Option(help="With --image: NIfTI mask, not 0 where to paint anew (RePaint); the rest stays."),
+]
+Resamples = Annotated[
+    int | None, typer.Option(help="With --inpaint: runs of each stretch of steps; left out: 4.")
+]
+JumpLength = Annotated[int | None, typer.Option(help="With --inpaint: steps of such a stretch; left out: 1.")]
+Paste = Annotated[bool, typer.Option(help="With --inpaint: put the image's own voxels back.")]
 
 
 def read_inpaint(
