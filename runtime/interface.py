@@ -15,7 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .request import SAMPLES_OF_A_SEED, Settings, make_request
-from .spec import ArtifactSpec
+from .sizes import volume_channels
+from .spec import ArtifactSpec, Manifest
+from .token_choice import Choice, ChoiceSettings
+from .token_spec import TokenSpec
 
 Array = NDArray[np.generic]
 Format = Literal["float32", "float16", "uint16", "nifti"]
@@ -36,36 +39,26 @@ class Tensor:
     text: str
 
 
-def inputs(spec: ArtifactSpec) -> tuple[Tensor, ...]:
-    """Every input of a served artifact. A model refuses a request that lacks one whose text says "required".
+def inputs(spec: Manifest) -> tuple[Tensor, ...]:
+    """Every input of a served artifact, by its kind. A model refuses a request that lacks one whose text says "required".
 
     Raises ValueError: a condition or field has the name of a setting.
     """
-    last, own = spec.scheduler.noise_schedule.num_train_timesteps, spec.scheduler
-    rank = len(spec.latent_shape) - 1
     one = (1,)
     found = [
         Tensor(name="seed", dtype="uint64", shape=one, text="sample i takes its noise from (seed, i); default: drawn, and answered"),
         Tensor(name="num_samples", dtype="int32", shape=one, text=f"1..{MOST_SAMPLES} volumes, default 1"),
         Tensor(name="first_sample", dtype="int32", shape=one, text="the number i of the first of them, default 0"),
-        Tensor(name="steps", dtype="int32", shape=one, text=f"denoising steps, 1..{last}, default {own.steps}"),
-        Tensor(name="scheduler", dtype="uint8", shape=(-1,), text=f"ddim, ddpm, pndm, dpm-solver++ or rflow, default {own.scheduler}"),
-        Tensor(name="guidance", dtype="float32", shape=one, text="weight of classifier-free guidance, 0..100, default none"),
-        Tensor(name="size", dtype="int32", shape=(rank,), text=f"the latent's sizes, default {list(spec.latent_shape[1:])}"),
+        *_settings(spec),
         Tensor(name="priority", dtype="int32", shape=one, text="-8..8, each level doubles the share, default 0"),
         Tensor(name="deadline_s", dtype="float32", shape=one, text="seconds from arrival after which it is given up, default none"),
         Tensor(name="progress_every", dtype="int32", shape=one, text="steps between reports of progress, default 0: none"),
-        Tensor(name="preview_every", dtype="int32", shape=one, text="steps between previews, default 0: none"),
         Tensor(name="ticket", dtype="uint64", shape=one, text="a number that the caller draws to cancel by, default none"),
         Tensor(name="cancel", dtype="uint64", shape=one, text="nothing is sampled, and the request with this ticket ends; default none"),
         Tensor(name="output_format", dtype="uint8", shape=(-1,), text=f"{', '.join(FORMATS)}; default float16"),
         Tensor(name="region", dtype="uint8", shape=(-1,), text="a client's file in /dev/shm for the volumes, default none"),
+        *_images(spec),
     ]  # fmt: skip
-    if "encode" in spec.programs:
-        found += [
-            Tensor(name="image", dtype="float32", shape=(-1,) * rank, text="an image to start from, default none"),
-            Tensor(name="strength", dtype="float32", shape=one, text="with image: how far it is noised, up to 1, default 1"),
-        ]  # fmt: skip
     for condition in spec.conditions:
         sizes = tuple(size if isinstance(size, int) else -1 for size in condition.shape) or one
         fields = ", ".join(field.name for field in condition.fields)
@@ -84,10 +77,43 @@ def inputs(spec: ArtifactSpec) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-def outputs(spec: ArtifactSpec) -> tuple[Tensor, ...]:
+def _settings(spec: Manifest) -> list[Tensor]:
+    """The inputs of one kind of model alone."""
+    if isinstance(spec, ArtifactSpec):
+        own = spec.scheduler
+        last, spatial = own.noise_schedule.num_train_timesteps, list(spec.latent_shape[1:])
+        return [
+            Tensor(name="steps", dtype="int32", shape=(1,), text=f"denoising steps, 1..{last}, default {own.steps}"),
+            Tensor(name="scheduler", dtype="uint8", shape=(-1,), text=f"ddim, ddpm, pndm, dpm-solver++ or rflow, default {own.scheduler}"),
+            Tensor(name="guidance", dtype="float32", shape=(1,), text="weight of classifier-free guidance, 0..100, default none"),
+            Tensor(name="size", dtype="int32", shape=(len(spatial),), text=f"the latent's sizes, default {spatial}"),
+            Tensor(name="preview_every", dtype="int32", shape=(1,), text="steps between previews, default 0: none"),
+        ]  # fmt: skip
+    if isinstance(spec, TokenSpec):
+        return [
+            Tensor(name="temperature", dtype="float64", shape=(1,), text="above 0; the logits are divided by it, default 1"),
+            Tensor(name="top_k", dtype="int32", shape=(1,), text=f"only the k most probable codes, 1..{spec.num_codes}, default all"),
+            Tensor(name="top_p", dtype="float64", shape=(1,), text="only the most probable codes that sum to p, up to 1, default all"),
+        ]  # fmt: skip
+    return []
+
+
+def _images(spec: Manifest) -> list[Tensor]:
+    if "encode" not in spec.programs or isinstance(spec, TokenSpec):
+        return []
+    image = (-1,) * len(spec.spacing_mm)
+    if not isinstance(spec, ArtifactSpec):
+        return [Tensor(name="image", dtype="float32", shape=image, text="an image whose style the volumes have, default none")]  # fmt: skip
+    return [
+        Tensor(name="image", dtype="float32", shape=image, text="an image to start from, default none"),
+        Tensor(name="strength", dtype="float32", shape=(1,), text="with image: how far it is noised, up to 1, default 1"),
+    ]  # fmt: skip
+
+
+def outputs(spec: Manifest) -> tuple[Tensor, ...]:
     """Every output; an answer has those of its `kind`."""
-    volume = (-1,) * (len(spec.latent_shape) - 1)
-    if spec.latent_shape[0] > 1 and "decode" not in spec.programs:
+    volume = (-1,) * len(spec.spacing_mm)
+    if volume_channels(spec) > 1:
         volume = (-1, *volume)
     return (
         Tensor(name="kind", dtype="uint8", shape=(-1,), text="progress, preview or volume"),
@@ -121,12 +147,15 @@ def text_of(tensor: Array) -> str:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """A request, read off its tensors: what `Model.submit` takes, and how to answer."""
+    """A request, read off its tensors: what the model's `submit` takes, and how to answer.
+
+    `settings` are `Settings` of a diffusion model, `ChoiceSettings` of a token model, none of a one-pass model.
+    """
 
     seed: int | None
     samples: int
     first_sample: int
-    settings: Settings
+    settings: Any
     condition: Mapping[str, Any]
     size: tuple[int, ...] | None
     image: Array | None
@@ -139,12 +168,17 @@ class Asked:
     cancel: int | None
     region: str | None
 
+    def arguments(self) -> dict[str, Any]:
+        """What of the request `submit` takes by name, as far as it was given."""
+        given = {"condition": self.condition or None, "size": self.size, "image": self.image}
+        return {**{name: value for name, value in given.items() if value is not None}, **self.settings}
 
-def read_request(spec: ArtifactSpec, given: Mapping[str, Array]) -> Asked:
+
+def read_request(spec: Manifest, given: Mapping[str, Array]) -> Asked:
     """The request in `given`, tensors by name.
 
     Raises ValueError: an unknown name, a wrong dtype or shape, a setting out of range; conditions, size and image are
-    checked by `Model.submit`.
+    checked by `submit`.
     """
     known = {tensor.name: tensor for tensor in inputs(spec)}
     for name, value in given.items():
@@ -154,18 +188,8 @@ def read_request(spec: ArtifactSpec, given: Mapping[str, Array]) -> Asked:
     form: Any = _text(given, "output_format") or "float16"
     if form not in FORMATS:
         raise ValueError(f"[request] output_format={form!r}: need one of {', '.join(FORMATS)}")
-    settings: Settings = {}
-    if "steps" in given:
-        settings["steps"] = int(given["steps"][0])
-    if "scheduler" in given:
-        settings["scheduler"] = _text(given, "scheduler")
-    if "guidance" in given:
-        settings["guidance"] = float(given["guidance"][0])
-    if "strength" in given:
-        settings["strength"] = float(given["strength"][0])
     seed = int(given["seed"][0]) if "seed" in given else None
     samples = _whole(given, "num_samples", 1, 1, MOST_SAMPLES)
-    make_request(spec, seed or 0, settings)
     deadline = float(given["deadline_s"][0]) if "deadline_s" in given else None
     if deadline is not None and not 0 < deadline < math.inf:
         raise ValueError(f"[request] deadline_s={deadline:g}: need a number of seconds above 0")
@@ -173,7 +197,7 @@ def read_request(spec: ArtifactSpec, given: Mapping[str, Array]) -> Asked:
         seed=seed,
         samples=samples,
         first_sample=_whole(given, "first_sample", 0, 0, SAMPLES_OF_A_SEED - samples),
-        settings=settings,
+        settings=_given_settings(spec, seed or 0, given),
         condition=_conditions(spec, given),
         size=tuple(int(one) for one in given["size"]) if "size" in given else None,
         image=given.get("image"),
@@ -188,7 +212,27 @@ def read_request(spec: ArtifactSpec, given: Mapping[str, Array]) -> Asked:
     )
 
 
-def _conditions(spec: ArtifactSpec, given: Mapping[str, Array]) -> dict[str, Any]:
+def _given_settings(spec: Manifest, seed: int, given: Mapping[str, Array]) -> Any:
+    """The settings of the kind of model, checked."""
+    if isinstance(spec, ArtifactSpec):
+        found: Settings = {}
+        if "steps" in given:
+            found["steps"] = int(given["steps"][0])
+        if "scheduler" in given:
+            found["scheduler"] = _text(given, "scheduler")
+        if "guidance" in given:
+            found["guidance"] = float(given["guidance"][0])
+        if "strength" in given:
+            found["strength"] = float(given["strength"][0])
+        make_request(spec, seed, found)
+        return found
+    chosen = {name: given[name][0].item() for name in ChoiceSettings.__annotations__ if name in given}
+    if isinstance(spec, TokenSpec):
+        Choice(**chosen).check(spec.num_codes)
+    return chosen
+
+
+def _conditions(spec: Manifest, given: Mapping[str, Array]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for condition in spec.conditions:
         if condition.name in given:

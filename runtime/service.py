@@ -195,11 +195,11 @@ class Service:
 
         told = [0]
         return self._model.submit(
-            one.seed, sample=asked.first_sample + sample, condition=asked.condition, size=asked.size, image=asked.image,
+            one.seed, sample=asked.first_sample + sample,
             turns=Turns(priority=asked.priority, deadline_s=asked.deadline_s),
             on_step=on_step if asked.progress_every else None,
             on_preview=on_preview if asked.preview_every else None, preview_every=asked.preview_every or 1,
-            **asked.settings,
+            **asked.arguments(),
         )  # fmt: skip
 
     def _answer(self, one: _Open, sample: int, done: Future[Volume]) -> None:

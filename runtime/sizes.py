@@ -112,9 +112,13 @@ def volume_shape(
     return tuple(one if isinstance(one, int) else sizes[one] for one in shape)
 
 
-def volume_channels(spec: ArtifactSpec) -> int:
-    """The channels of a volume."""
-    size = spec.programs["decode"].outputs[0].shape[1] if "decode" in spec.programs else spec.latent_shape[0]
+def volume_channels(spec: Manifest) -> int:
+    """The channels of a volume, of any kind of model."""
+    size: int | str = 1
+    if "decode" in spec.programs:
+        size = spec.programs["decode"].outputs[0].shape[1]
+    elif isinstance(spec, ArtifactSpec):
+        size = spec.latent_shape[0]
     return size if isinstance(size, int) else 1
 
 
