@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from volcast.runtime.dataset_manifest import DESCRIPTION, read_manifest
-from volcast.runtime.volume import load_nifti
+from volcast.runtime.nifti import load_nifti
 
 Array = NDArray[np.float32]
 
@@ -111,18 +111,8 @@ def _read(path: Path) -> tuple[Array, tuple[float, ...]]:
     """`[C, ...]` and the voxel sizes of the axes behind."""
     if path.suffix == PNG:
         return _read_png(path), ()
-    image, array = load_nifti("evaluate", path)
-    affine = np.asarray(image.affine, np.float64)
-    coded = int(image.header["sform_code"]) or int(image.header["qform_code"])
-    if not coded or not np.isfinite(affine).all() or np.linalg.det(affine[:3, :3]) == 0:
-        raise ValueError(
-            f"[evaluate] {path} has no affine (sform and qform): which way it lies is unknown; set one, such as "
-            "with nibabel's set_sform(affine, code=1)"
-        )
-    if array.ndim not in (2, 3, 4):
-        raise ValueError(
-            f"[evaluate] {path} has shape {array.shape}: need 2 or 3 axes, or channels on the 4th"
-        )
+    header, array = load_nifti(f"[evaluate] {path}", path, most_axes=4)
+    affine = np.asarray(header.get_best_affine(), np.float64)
     array = array.reshape(*array.shape, *(1,) * (3 - array.ndim))
     turned: Any = nibabel.as_closest_canonical(nibabel.Nifti1Image(array, affine))
     data = np.asarray(turned.dataobj, np.float32)

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .frame import check_grid
+from .nifti import load_nifti
 from .spec import Manifest
-from .volume import Volume, load_nifti
+from .volume import Volume
 
 
 def read_on_grid(
@@ -23,10 +24,10 @@ def read_on_grid(
     `coarser` times as large for an upscaler's low-resolution image; without a spec (a server has it) it goes unchecked.
 
     Raises:
-        ValueError: no NIfTI, no affine in it, other axes or voxels, a 2D model and more than one slice.
+        ValueError: see `load_nifti`; other axes or voxels, a 2D model and more than one slice.
     """
-    image, array = load_nifti("mask", path)
-    return on_grid(f"[mask] {os.fspath(path)}", image.header, array, spec, coarser)
+    where = f"[mask] {os.fspath(path)}"
+    return on_grid(where, *load_nifti(where, path), spec, coarser)
 
 
 def on_grid(
@@ -38,22 +39,15 @@ def on_grid(
 ) -> Volume:
     """`read_on_grid` of what was read: nibabel's `header` of a NIfTI file, and its numbers. Errors begin with `where`."""
     affine = header.get_best_affine()
-    dims = 3 if spec is None else len(spec.spacing_mm)
-    if array.ndim == 2:
-        array = array[..., None]
-    if array.ndim != 3 or (dims == 2 and array.shape[2] != 1):
+    dims = array.ndim if spec is None else len(spec.spacing_mm)
+    if array.ndim < dims or (dims == 2 and array.shape[2:] not in ((), (1,))):
         raise ValueError(
             f"{where} has shape {array.shape}: need {'three axes' if dims == 3 else 'one slice'}"
-        )
-    if not int(header.get("sform_code", 0)) and not int(header.get("qform_code", 0)):
-        raise ValueError(
-            f"{where} has no affine (sform and qform codes are 0), so where its axes point is unknown; write it with one, "
-            "or give the array as .npy"
         )
     spacing = tuple(float(size) for size in header.get_zooms()[:dims])
     check_grid(where, affine, spacing, spec, coarser)
     return Volume(
-        np.ascontiguousarray(array[..., 0] if dims == 2 else array),
+        np.ascontiguousarray(array[..., 0] if dims < array.ndim else array),
         np.asarray(affine, np.float64),
         spacing,
     )

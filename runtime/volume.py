@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .atomic import atomic_file
+from .nifti import load_nifti
 from .report import Report
 
 
@@ -84,32 +84,15 @@ class Volume:
         return image
 
 
-def load_nifti(operation: str, path: str | os.PathLike[str]) -> tuple[Any, NDArray[np.float32]]:
-    """nibabel's image in a NIfTI file and its numbers, scaled as its header says (ValueError: there are none)."""
-    import nibabel
-
-    unreadable = (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError)
-    try:
-        image: Any = nibabel.load(path)
-        if image.get_data_dtype().kind not in "iuf":
-            raise ValueError(f"its numbers are {image.get_data_dtype()}: need real ones")
-        return image, np.asarray(image.dataobj, dtype=np.float32)
-    except (OSError, ValueError, EOFError, OverflowError, zlib.error, *unreadable) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"[{operation}] {os.fspath(path)}: cannot read it as NIfTI ({reason})") from error
-
-
 def read_nifti(path: str | os.PathLike[str]) -> Volume:
-    """The volume in a NIfTI file, `[i, j, k]`, scaled as its header says, with its affine.
+    """The volume in a NIfTI file, `[i, j, k]` (a file of two axes: one slice), scaled as its header says, with its affine.
 
     Raises:
-        ValueError: no such file, no NIfTI, not three axes.
+        ValueError: see `load_nifti`.
     """
-    image, array = load_nifti("volume", path)
-    if array.ndim != 3:
-        raise ValueError(f"[volume] {os.fspath(path)} has shape {array.shape}: need three axes")
-    spacing = tuple(float(size) for size in image.header.get_zooms()[:3])
-    return Volume(array, np.asarray(image.affine, np.float64), spacing)
+    header, array = load_nifti(f"[volume] {os.fspath(path)}", path)
+    spacing = (*(float(size) for size in header.get_zooms()), 1.0)[:3]
+    return Volume(np.atleast_3d(array), np.asarray(header.get_best_affine(), np.float64), spacing)
 
 
 def check_nifti_path(path: str | os.PathLike[str]) -> Path:

@@ -101,7 +101,7 @@ def test_info(gaussian: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--condition", "context=@/no/such.npy"], "cannot read it"),
         (["--size", "a,b"], "size=a,b: need whole numbers"),
         (["--size", "4,4,5"], "d2=5"),
-        (["--image", "/no/such.nii"], "cannot read it as NIfTI"),
+        (["--image", "/no/such.nii"], "/no/such.nii: cannot be read (No such file"),
         (["--png", "x.jpg"], "ends in .png"),
         (["-n", 0], "n=0"),
         (["--threads", 0], "threads=0"),
@@ -231,4 +231,4 @@ def test_colours_are_no_volume(gaussian: Path, tmp_path: Path, capsys: pytest.Ca
     colours = np.zeros((8, 12, 8), [("R", "u1"), ("G", "u1"), ("B", "u1")])
     nibabel.save(nibabel.Nifti1Image(colours, np.eye(4)), tmp_path / "rgb.nii")
     assert run("sample", gaussian, "--image", tmp_path / "rgb.nii", "-o", tmp_path / "a.nii") == 2
-    assert "need real ones" in capsys.readouterr().err
+    assert "rgb.nii has datatype 128: need whole or real numbers" in capsys.readouterr().err

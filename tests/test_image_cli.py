@@ -66,7 +66,7 @@ def test_refusals(gaussian: Path, scan: Path, mask: Path, tmp_path: Path, capsys
             "[repaint] pndm remembers earlier steps",
         ),
         (("--image", scan, "--inpaint", mask, "--jump-length", 4), "jumps back 4 of 4 steps: need fewer"),
-        (("--image", scan, "--inpaint", tmp_path / "none.nii"), "cannot read it as NIfTI"),
+        (("--image", scan, "--inpaint", tmp_path / "none.nii"), "none.nii: cannot be read (No such file"),
     ):
         assert sample(gaussian, tmp_path / "out.nii.gz", *more) == 2
         assert message in capsys.readouterr().err
