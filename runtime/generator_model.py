@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .batching import Turns
 from .conditions import resolve
 from .engine import Arrays, Engine
 from .engine_auto import open_engine
@@ -17,6 +19,7 @@ from .generator_spec import GeneratorSpec
 from .memory import PeakMemory
 from .noise import request_noise
 from .programs import Programs
+from .queueing import Queued, Queueing, check_sample
 from .report import Report, Stopwatch
 from .request import SAMPLES_OF_A_SEED, OnStep
 from .sizes import check_size, whole
@@ -29,17 +32,21 @@ ENGINES = ("auto", "onnxruntime", "openvino")
 
 @final
 class GeneratorModel:
-    """An opened artifact of a one-pass model. Not for two threads at once: its programs reuse their memory.
+    """An opened artifact of a one-pass model. Not for two threads at once, but for `submit`: its programs reuse their
+    memory.
 
     Attributes:
         spec: the manifest.
         engine: what runs it: `name`, `threads`.
     """
 
-    def __init__(self, folder: Path, spec: GeneratorSpec, engine: Engine) -> None:
+    def __init__(self, folder: Path, spec: GeneratorSpec, engine: Engine, most: int = 320) -> None:
+        """`most`: samples of `submit` that are open."""
         self.spec = spec
         self.engine = engine
+        self._folder = folder
         self._programs = Programs(folder, spec, engine)
+        self._queueing = Queueing(most)
 
     def sample(
         self,
@@ -77,11 +84,7 @@ class GeneratorModel:
         Raises:
             ValueError: anything out of range, before any work; volumes that are not finite.
         """
-        for name, value, least, most in (
-            ("seed", seed, 0, 2**64 - 1), ("n", n, 1, SAMPLES_OF_A_SEED), ("batch", batch, 1, SAMPLES_OF_A_SEED),
-        ):  # fmt: skip
-            if type(whole(value)) is not int or not least <= value <= most:
-                raise ValueError(f"[sample] {name}={value!r}: need {least}..{most}")
+        self._check(n, seed, batch)
         for size in {min(batch, n), n % batch or min(batch, n)}:
             check_size("sample", self.spec.axis("batch"), size)
         given = list(condition) if isinstance(condition, Sequence) else [condition or {}]
@@ -89,8 +92,7 @@ class GeneratorModel:
             raise ValueError(
                 f"[sample] {len(given)} conditions for {n} samples: give one for all, or one for each"
             )
-        sizes = {axis.name: axis.maximum for axis in self.spec.axes if axis.name != "batch"}
-        values = [resolve(self.spec, one, sizes).values for one in given]
+        values = [self._values(one) for one in given]
         style = None if image is None else self.encode(image)
         parts = [range(first, min(first + batch, n)) for first in range(0, n, batch)]
         place = place_of(self.spec, "sample", None, given)
@@ -101,6 +103,67 @@ class GeneratorModel:
 
         Raises ValueError: a network without an encoder, an image of another size.
         """
+        found = self._programs.call("encode", {"image": self._image(image)})
+        return np.asarray(found["z_mu"], np.float32), np.asarray(found["z_sigma"], np.float32)
+
+    def submit(
+        self,
+        seed: int = 0,
+        *,
+        sample: int = 0,
+        condition: Condition | None = None,
+        image: Image | None = None,
+        turns: Turns = Turns(),  # noqa: B008  (frozen)
+        on_step: OnStep | None = None,
+    ) -> Queued:
+        """A future of sample number `sample` of what `sample_many` makes of the other arguments, the same bits.
+
+        Samples are made one after the other, on a thread of their own, on which `on_step` runs too; those of a higher
+        priority first. Safe from any thread, beside one that samples. End it with `close`.
+
+        Raises:
+            ValueError: anything out of range, before any work; `_core.Overloaded`: too many wait.
+        """
+        parts = [check_sample(sample)]
+        self._check(1, seed, 1)
+        values, place = [self._values(condition)], place_of(self.spec, "sample", None, [condition or {}])
+        if image is not None:
+            self._image(image)
+
+        def job(told: OnStep) -> Volume:
+            worker = self._worker
+            style = None if image is None else worker.encode(image)
+            return next(worker._run(parts, seed, values, style, place, told))
+
+        return self._queueing.submit(job, turns, on_step)
+
+    @cached_property
+    def _worker(self) -> GeneratorModel:
+        """The queue's own programs, which its thread alone uses."""
+        return GeneratorModel(self._folder, self.spec, self.engine)
+
+    @property
+    def queueing(self) -> Queueing:
+        """What `submit` fills, to look at."""
+        return self._queueing
+
+    def close(self, *, drain: bool = False) -> None:
+        """End what `submit` started: finish the samples that wait (`drain`) or cancel them."""
+        self._queueing.close(drain=drain)
+
+    def _check(self, n: int, seed: int, batch: int) -> None:
+        for name, value, least, most in (
+            ("seed", seed, 0, 2**64 - 1), ("n", n, 1, SAMPLES_OF_A_SEED), ("batch", batch, 1, SAMPLES_OF_A_SEED),
+        ):  # fmt: skip
+            if type(whole(value)) is not int or not least <= value <= most:
+                raise ValueError(f"[sample] {name}={value!r}: need {least}..{most}")
+
+    def _values(self, condition: Condition | None) -> Arrays:
+        sizes = {axis.name: axis.maximum for axis in self.spec.axes if axis.name != "batch"}
+        return resolve(self.spec, condition, sizes).values
+
+    def _image(self, image: Image) -> NDArray[np.generic]:
+        """`[1, C, *spatial]`, checked (ValueError)."""
         if "encode" not in self.spec.programs:
             raise ValueError(f"[encode] {self.spec.name} has no encoder of styles; leave the image out")
         array = np.asarray(fitted("[encode] the image", image, self.spec))
@@ -110,8 +173,7 @@ class GeneratorModel:
             raise ValueError(
                 f"[encode] got {array.dtype} {array.shape}: need finite numbers, {shape}; crop, pad or resample the image"
             )
-        found = self._programs.call("encode", {"image": wanted[None]})
-        return np.asarray(found["z_mu"], np.float32), np.asarray(found["z_sigma"], np.float32)
+        return wanted[None]
 
     def _run(
         self,
@@ -166,6 +228,7 @@ def load_generator(
     engine: str | Engine = "auto",
     threads: int | None = None,
     memory_limit: int | str | None = None,
+    most: int = 320,
 ) -> GeneratorModel:
     """What `load` gives for the artifact of a one-pass model. Arguments as `load` has them.
 
@@ -180,7 +243,7 @@ def load_generator(
             f"[load] memory_limit: {spec.name} makes an image in one pass and keeps none; leave it out"
         )
     return GeneratorModel(
-        folder, spec, engine if isinstance(engine, Engine) else open_engine(engine, threads)
+        folder, spec, engine if isinstance(engine, Engine) else open_engine(engine, threads), most
     )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack, final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .batching import Turns
 from .conditions import resolve
 from .engine import Arrays, Engine
 from .engine_auto import open_engine
@@ -16,6 +18,7 @@ from .frame import fitted
 from .healing import Healed, heal_tokens, masked_difference, unlikely
 from .memory import PeakMemory
 from .programs import Programs
+from .queueing import Queued, Queueing, check_sample
 from .report import Report, Stopwatch
 from .request import SAMPLES_OF_A_SEED, OnStep
 from .sizes import check_size, whole
@@ -31,7 +34,7 @@ ENGINES = ("auto", "onnxruntime", "openvino")
 
 @final
 class TokenModel:
-    """An opened artifact of a token model. Not for two threads at once: its programs reuse their memory.
+    """An opened artifact of a token model. Not for two threads at once, but for `submit`: its programs reuse their memory.
 
     Attributes:
         spec: the manifest.
@@ -39,10 +42,13 @@ class TokenModel:
         order: int64 `[L]`, the place in the grid, counted in C order, of each token of the sequence.
     """
 
-    def __init__(self, folder: Path, spec: TokenSpec, engine: Engine) -> None:
+    def __init__(self, folder: Path, spec: TokenSpec, engine: Engine, most: int = 320) -> None:
+        """`most`: samples of `submit` that are open."""
         self.spec = spec
         self.engine = engine
+        self._folder = folder
         self._programs = Programs(folder, spec, engine)
+        self._queueing = Queueing(most)
         raster = np.arange(spec.length)
         self.order = np.array(spec.order, np.int64) if spec.order else raster
 
@@ -86,6 +92,48 @@ class TokenModel:
         parts = self._parts(n, seed, batch, choice)
         values = self._conditions(condition)
         return self._run(parts, seed, values, choice, on_step)
+
+    def submit(
+        self,
+        seed: int = 0,
+        *,
+        sample: int = 0,
+        condition: Condition | None = None,
+        turns: Turns = Turns(),  # noqa: B008  (frozen)
+        on_step: OnStep | None = None,
+        **settings: Unpack[ChoiceSettings],
+    ) -> Queued:
+        """A future of sample number `sample` of what `sample_many` makes of the other arguments, the same bits.
+
+        Samples are made one after the other, on a thread of their own, on which `on_step` runs too; those of a higher
+        priority first. Safe from any thread, beside one that samples. End it with `close`.
+
+        Raises:
+            ValueError: anything out of range, before any work; `_core.Overloaded`: too many wait.
+        """
+        choice = Choice(**settings)
+        parts = [check_sample(sample)]
+        self._parts(1, seed, 1, choice)
+        values = self._conditions(condition)
+
+        def job(told: OnStep) -> Volume:
+            return next(self._worker._run(parts, seed, values, choice, told))
+
+        return self._queueing.submit(job, turns, on_step)
+
+    @cached_property
+    def _worker(self) -> TokenModel:
+        """The queue's own programs, which its thread alone uses."""
+        return TokenModel(self._folder, self.spec, self.engine)
+
+    @property
+    def queueing(self) -> Queueing:
+        """What `submit` fills, to look at."""
+        return self._queueing
+
+    def close(self, *, drain: bool = False) -> None:
+        """End what `submit` started: finish the samples that wait (`drain`) or cancel them."""
+        self._queueing.close(drain=drain)
 
     def tokens(
         self,
@@ -293,6 +341,7 @@ def load_tokens(
     engine: str | Engine = "auto",
     threads: int | None = None,
     memory_limit: int | str | None = None,
+    most: int = 320,
 ) -> TokenModel:
     """What `load` gives for the artifact of a token model. Arguments as `load` has them.
 
@@ -306,6 +355,6 @@ def load_tokens(
         raise ValueError(f"[load] memory_limit: {spec.name} samples tokens, which keeps none; leave it out")
     if isinstance(spec, TokenSpec):
         return TokenModel(
-            folder, spec, engine if isinstance(engine, Engine) else open_engine(engine, threads)
+            folder, spec, engine if isinstance(engine, Engine) else open_engine(engine, threads), most
         )
     raise ValueError(f"[load] {folder}: {spec.name} is a diffusion model; give a token model")
