@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 from .batching import Batching
+from .queueing import Queueing
 
 PHASES = ("first_step", "steps", "decode")
 OUTCOMES = ("done", "invalid", "unavailable", "cancelled", "internal")
@@ -34,8 +35,8 @@ METRICS = (
     Metric(name="volcast_queue_length", kind="gauge", text="samples that wait for a place"),
     Metric(name="volcast_active_samples", kind="gauge", text="samples that take turns"),
     Metric(name="volcast_network_calls_total", kind="counter", label="batch", values=(), text="calls of the step network, by batch size"),
-    Metric(name="volcast_network_entries_total", kind="counter", text="entries of those batches; with guidance a step takes two"),
-    Metric(name="volcast_steps_total", kind="counter", text="denoising steps taken, over all samples"),
+    Metric(name="volcast_network_entries_total", kind="counter", text="entries of those batches; with guidance a step takes two, a token or one-pass model's one"),
+    Metric(name="volcast_steps_total", kind="counter", text="steps taken, over all samples: denoising steps, tokens, or one a volume"),
     Metric(name="volcast_volumes_total", kind="counter", text="volumes answered"),
     Metric(name="volcast_last_volume_timestamp_seconds", kind="gauge", text="when the last volume was answered, Unix time"),
     Metric(name="volcast_requests_total", kind="counter", label="outcome", values=OUTCOMES, text="requests that have ended: done, refused (invalid, or unavailable: no place or no time), cancelled, failed"),
@@ -77,7 +78,7 @@ class Tally:
             self._last = time.time()
             self._seconds += seconds.items()
 
-    def totals(self, batching: Batching | None) -> dict[tuple[str, str], float]:
+    def totals(self, batching: Batching | Queueing | None) -> dict[tuple[str, str], float]:
         """Of every counter and gauge by name and label value."""
         with self._lock:
             found: dict[tuple[str, str], float] = {

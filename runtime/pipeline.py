@@ -65,7 +65,7 @@ def load(
         memory_limit: bytes, or a text such as "2GiB": with "cuda", "tensorrt" and "tensorrt-rtx" what they may take on
             the device, else the process's resident memory while it samples. A decode that does not fit is done in slabs,
             exactly. None: no limit, and on a device what is free.
-        active: samples of `submit` that take turns.
+        active: samples of `submit` that take turns; of a token or one-pass model one at a time is under way.
         queue: how many more of them may wait.
 
     Raises:
@@ -74,11 +74,11 @@ def load(
     folder = default_artifact() if path is None else Path(path)
     spec = read_manifest(folder)
     if isinstance(spec, GeneratorSpec):
-        return load_generator(folder, spec, engine, threads, memory_limit)
+        return load_generator(folder, spec, engine, threads, memory_limit, active + queue)
     if not isinstance(spec, ArtifactSpec):
         from .token_model import load_tokens
 
-        return load_tokens(folder, spec, engine, threads, memory_limit)
+        return load_tokens(folder, spec, engine, threads, memory_limit, active + queue)
     opened = engine if isinstance(engine, Engine) else open_engine(engine, threads, memory_limit)
     limit = None if memory_limit is None or engine == "cuda" else parse_bytes("load", memory_limit)
     return Model(folder, spec, opened, limit, active=active, queue=queue)

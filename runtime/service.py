@@ -21,9 +21,12 @@ from .answers import pack_volume, place_volume
 from .batching import Expired, Sampling, Turns
 from .interface import Array, Asked, as_bytes, read_request
 from .metrics import Tally
+from .generator_model import GeneratorModel
 from .pipeline import Model
+from .queueing import Queued
 from .region import Region, open_region
 from .sampling import Images
+from .token_model import TokenModel
 from .volume import Volume, centred_affine
 
 Reason = Literal["invalid", "unavailable", "cancelled", "internal"]
@@ -58,7 +61,7 @@ class _Open:
     seed: int
     region: Region | None = None
     parts: int = 1
-    futures: list[Sampling] = field(default_factory=list)
+    futures: list[Sampling | Queued] = field(default_factory=list)
     error: BaseException | None = None
     answered: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -76,7 +79,7 @@ class _Open:
 class Service:
     """Answers requests out of `model.submit`. Safe to use from any thread; `close` it."""
 
-    def __init__(self, model: Model, *, most: int = 320) -> None:
+    def __init__(self, model: Model | TokenModel | GeneratorModel, *, most: int = 320) -> None:
         """At most `most` requests are open at once; a further one is told to come again."""
         self._model, self._most = model, most
         self._open: dict[int, _Open] = {}
@@ -129,7 +132,8 @@ class Service:
 
     def totals(self) -> dict[tuple[str, str], float]:
         """Counters and gauges (metrics.py) by name and label value."""
-        return self._tally.totals(self._model.batching)
+        model = self._model
+        return self._tally.totals(model.batching if isinstance(model, Model) else model.queueing)
 
     def take_seconds(self) -> list[tuple[str, float]]:
         """Phases of the volumes answered since the last call, and how long they took."""
@@ -178,7 +182,7 @@ class Service:
             one.fail(one.error)  # a sample may have begun after the caller was seen to have gone
         self._release(one)
 
-    def _submitted(self, one: _Open, sample: int) -> Sampling:
+    def _submitted(self, one: _Open, sample: int) -> Sampling | Queued:
         asked = one.asked
 
         def on_step(done: int, total: int) -> None:
@@ -194,11 +198,13 @@ class Service:
             self._send(one, {**_counts("preview", sample, done), **pack_volume(volume, asked.output_format)})
 
         told = [0]
+        # The other kinds of models have none.
+        previews: Any = {"on_preview": on_preview, "preview_every": asked.preview_every} if asked.preview_every else {}
         return self._model.submit(
             one.seed, sample=asked.first_sample + sample,
             turns=Turns(priority=asked.priority, deadline_s=asked.deadline_s),
             on_step=on_step if asked.progress_every else None,
-            on_preview=on_preview if asked.preview_every else None, preview_every=asked.preview_every or 1,
+            **previews,
             **asked.arguments(),
         )  # fmt: skip
 
