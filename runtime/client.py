@@ -9,7 +9,15 @@ from collections.abc import Generator, Mapping
 from contextlib import closing, suppress
 from typing import Any, Unpack, final
 
-from .exchange import CHANNEL_OPTIONS, WITHDRAW_S, Exchange, Messages, RequestOptions, Unavailable
+from .exchange import (
+    CHANNEL_OPTIONS,
+    WITHDRAW_S,
+    Exchange,
+    Messages,
+    RequestOptions,
+    Unavailable,
+    refuse_sweep,
+)
 from .interface import Array
 from .volume import Volume
 
@@ -55,11 +63,12 @@ class Client:
         self._channel.close()
 
     def sample(self, seed: int | None = None, **options: Unpack[RequestOptions]) -> Volume:
-        """One volume: `sample_many(1, ...)`, whose arguments it takes."""
+        """One volume: `sample_many(1, ...)`, whose arguments it takes but for a sweep."""
+        refuse_sweep(options)
         return self.sample_many(1, seed, **options)[0]
 
     def sample_many(self, n: int, seed: int | None = None, **options: Unpack[RequestOptions]) -> list[Volume]:
-        """`n` volumes, the same bits as `Model.sample_many` gives where `output_format` is float32, its default.
+        """`n` volumes (of several weights of guidance one each), the same bits as `Model.sample_many` gives where `output_format` is float32, its default.
 
         Args:
             seed: sample i takes its noise from (seed, i); None: drawn.

@@ -8,7 +8,15 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any, Unpack, final
 
-from .exchange import CHANNEL_OPTIONS, WITHDRAW_S, Exchange, Messages, RequestOptions, Unavailable
+from .exchange import (
+    CHANNEL_OPTIONS,
+    WITHDRAW_S,
+    Exchange,
+    Messages,
+    RequestOptions,
+    Unavailable,
+    refuse_sweep,
+)
 from .interface import Array
 from .volume import Volume
 
@@ -49,7 +57,8 @@ class AsyncClient:
             await self._channel.close()
 
     async def sample(self, seed: int | None = None, **options: Unpack[RequestOptions]) -> Volume:
-        """One volume: `sample_many(1, ...)`, whose arguments it takes."""
+        """One volume: `sample_many(1, ...)`, whose arguments it takes but for a sweep."""
+        refuse_sweep(options)
         return (await self.sample_many(1, seed, **options))[0]
 
     async def sample_many(

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli import Guidance, Scheduler, Steps, progress
+from . import image_cli
+from .cli import Conditions, Negative, Scheduler, Steps, Weights, progress
 
 
 def request(
@@ -25,34 +26,39 @@ def request(
     ] = None,
     steps: Steps = None,
     scheduler: Scheduler = None,
-    guidance: Guidance = None,
-    condition: Annotated[
-        list[str] | None,
-        typer.Option("--condition", "-c", help="name=0.5, name=0.5,0.2 or name=@file.npy; repeatable."),
-    ] = None,
+    guidance: Weights = None,
+    condition: Conditions = None,
+    negative: Negative = None,
     size: Annotated[str | None, typer.Option(help="Latent sizes, as 8,12,8.")] = None,
     image: Annotated[Path | None, typer.Option(help="NIfTI file to start from (image to image).")] = None,
     strength: Annotated[
         float | None, typer.Option(help="With --image: how far it is noised, up to 1.")
     ] = None,
+    inpaint: image_cli.Mask = None,
+    resamples: image_cli.Resamples = None,
+    jump_length: image_cli.JumpLength = None,
+    paste: image_cli.Paste = True,
     priority: Annotated[int, typer.Option(help="-8..8, each level doubles the share.")] = 0,
     timeout: Annotated[float | None, typer.Option(help="Seconds; left out: none.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")] = False,
 ) -> None:
     """Ask a server for volumes and write them as NIfTI."""
     from .client import Client
-    from .condition_text import parse_conditions
+    from .condition_text import parse_conditions, parse_weights
     from .sample_output import check_apart, output_files
     from .sizes import parse_sizes
     from .volume import read_nifti
 
-    outputs = output_files(output, count, None)
-    check_apart(outputs, [] if image is None else [image])
+    weights = parse_weights(guidance)
+    outputs = output_files(output, count, None, weights if isinstance(weights, list) else ())
+    check_apart(outputs, [path for path in (image, inpaint) if path is not None])
     given: dict[str, Any] = {
         "steps": steps,
         "scheduler": scheduler,
-        "guidance": guidance,
+        "guidance": weights,
         "strength": strength,
+        "negative": parse_conditions(None, negative or ()) or None,
+        "inpaint": image_cli.read_inpaint(image, inpaint, resamples, jump_length, paste),
     }
     start = None if image is None else read_nifti(image)
     with Client(server, model) as client, progress(shown=not quiet and sys.stderr.isatty()) as on_step:

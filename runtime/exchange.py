@@ -6,7 +6,7 @@ import math
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from typing import Any, Literal, final
@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .answers import fetch_volume, unpack_volume
-from .interface import Array, as_bytes, text_of
+from .inpaint import Inpaint, hidden_voxels
+from .interface import NEGATIVE, Array, as_bytes, text_of
 from .region import Region, make_region
 from .request import OnStep, Settings
 from .volume import Volume
@@ -49,7 +50,7 @@ def retry_s(error: Unavailable) -> float | None:
 class RequestOptions(Settings, total=False):
     """Keyword arguments of a client's `sample` and `sample_many`: `Settings` (steps, scheduler, guidance, ...), and
 
-    condition, size, image: as `Model.sample_many` takes them.
+    condition, negative, size, image, inpaint: as `Model.sample_many` takes them.
     on_step: called with the steps done and to do, over all volumes; what it raises cancels the request.
     on_preview: called with the steps done and the volume as it is by then, every `preview_every` (10) steps.
     priority: -8..8, each level doubles the share.
@@ -59,8 +60,10 @@ class RequestOptions(Settings, total=False):
     """
 
     condition: Mapping[str, Any] | None
+    negative: Mapping[str, Any] | None
     size: Sequence[int] | None
     image: Volume | NDArray[np.generic] | None
+    inpaint: Inpaint | None
     on_step: OnStep | None
     on_preview: OnPreview | None
     preview_every: int
@@ -77,18 +80,23 @@ class Exchange:
     def __init__(
         self, n: int, seed: int | None, options: RequestOptions, tries: int, shared_memory: bool
     ) -> None:
+        """`n`: samples, of each of which there is a volume at each weight of guidance."""
         asked: dict[str, Any] = dict(options)
-        self._n, self._left, self._pause_s = n, tries, 0.25
+        self._weights = _weights(options)
+        asked["guidance"] = self._weights or None
+        self._n, self._left, self._pause_s = n * (len(self._weights) or 1), tries, 0.25
         self._on_step: OnStep | None = asked.pop("on_step", None)
         self._on_preview: OnPreview | None = asked.pop("on_preview", None)
         every = asked.pop("preview_every", 10)
         timeout_s = asked.pop("timeout_s", None)
         self._end = None if timeout_s is None else time.monotonic() + timeout_s
         self._image = asked.pop("image", None)
-        condition = asked.pop("condition", None) or {}
+        condition, negative = asked.pop("condition", None) or {}, asked.pop("negative", None) or {}
+        inpaint = asked.pop("inpaint", None)
         # A drawn seed is drawn here, so that a second try asks for the same volumes.
         self._given: dict[str, Any] = {
-            "output_format": "float32", **asked, **condition,
+            "output_format": "float32", **asked, **condition, **{NEGATIVE + name: value for name, value in negative.items()},
+            **({} if inpaint is None else _inpainted(self._image, inpaint)),
             "seed": secrets.randbits(64) if seed is None else seed, "num_samples": n,
             "image": self._image.array if isinstance(self._image, Volume) else self._image,
             "progress_every": int(self._on_step is not None),
@@ -148,6 +156,33 @@ class Exchange:
         return Volume(volume.array, image.affine, image.spacing_mm) if isinstance(image, Volume) else volume
 
 
+def refuse_sweep(options: RequestOptions) -> None:
+    """ValueError: several weights of guidance, where one volume is wanted."""
+    if _sweeps(options.get("guidance")):
+        raise ValueError("[sample] guidance: several weights make several volumes; call sample_many")
+
+
+def _weights(options: RequestOptions) -> tuple[Any, ...]:
+    given: Any = options.get("guidance")
+    if given is None:
+        return ()
+    return tuple(given) if _sweeps(given) else (given,)
+
+
+def _sweeps(guidance: Any) -> bool:
+    return isinstance(guidance, Iterable) and not isinstance(guidance, str)
+
+
+def _inpainted(image: Any, inpaint: Inpaint) -> dict[str, Any]:
+    """The inputs of a part to paint anew, whose place only the client knows. ValueError: it is not the image's."""
+    if image is None:
+        raise ValueError("[sample] inpaint without an image: give the image that its mask is of")
+    return {
+        "inpaint_mask": hidden_voxels(image, inpaint.mask, np.asarray(image).shape), "inpaint_paste": inpaint.paste,
+        "inpaint_resamples": inpaint.resamples, "inpaint_jump_length": inpaint.jump_length,
+    }  # fmt: skip
+
+
 @final
 class Messages:
     """Triton's gRPC messages to and from one model of the server at `address`."""
@@ -205,10 +240,14 @@ class Messages:
             try:
                 given_array = as_bytes(value) if isinstance(value, str) else value
                 array = np.asarray(given_array, triton_to_np_dtype(datatype))
+                if array.dtype.kind in "iu" and not np.array_equal(array, given_array):
+                    raise ValueError(name)  # a fraction, which numpy would cut off
             except (TypeError, ValueError, OverflowError) as error:
                 raise ValueError(f"[client] {name}={value!r}: need {datatype} {list(shape)}") from error
             if array.ndim < 2 and array.size == math.prod(shape) and -1 not in shape:
                 array = array.reshape(shape)
+            elif array.ndim == 0 and shape == (-1,):
+                array = array.reshape(1)
             request.inputs.add(name=name, datatype=datatype, shape=array.shape)
             request.raw_input_contents.append(array.tobytes())
         return request

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, final, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .request import SAMPLES_OF_A_SEED, Settings, make_request
+from .inpaint import Inpaint
+from .request import SAMPLES_OF_A_SEED, Settings, make_request, split_sweep
 from .sizes import volume_channels
 from .spec import ArtifactSpec, Manifest
 from .token_choice import Choice, ChoiceSettings
@@ -26,6 +27,10 @@ FORMATS = get_args(Format)
 MOST_SAMPLES = 64
 """Volumes of one request."""
 MOST_STEPS = 1_000_000
+MOST_CALLS = 10_000
+"""Of the network for one volume that is inpainted: each is a row of a table that the request holds."""
+NEGATIVE = "negative_"
+"""Before the name of a condition or field: of guidance's other branch."""
 
 
 @final
@@ -44,30 +49,25 @@ def inputs(spec: Manifest) -> tuple[Tensor, ...]:
 
     Raises ValueError: a condition or field has the name of a setting.
     """
-    one = (1,)
     found = [
-        Tensor(name="seed", dtype="uint64", shape=one, text="sample i takes its noise from (seed, i); default: drawn, and answered"),
-        Tensor(name="num_samples", dtype="int32", shape=one, text=f"1..{MOST_SAMPLES} volumes, default 1"),
-        Tensor(name="first_sample", dtype="int32", shape=one, text="the number i of the first of them, default 0"),
+        Tensor(name="seed", dtype="uint64", shape=(1,), text="sample i takes its noise from (seed, i); default: drawn, and answered"),
+        Tensor(name="num_samples", dtype="int32", shape=(1,), text=f"1..{MOST_SAMPLES} volumes, default 1"),
+        Tensor(name="first_sample", dtype="int32", shape=(1,), text="the number i of the first of them, default 0"),
         *_settings(spec),
-        Tensor(name="priority", dtype="int32", shape=one, text="-8..8, each level doubles the share, default 0"),
-        Tensor(name="deadline_s", dtype="float32", shape=one, text="seconds from arrival after which it is given up, default none"),
-        Tensor(name="progress_every", dtype="int32", shape=one, text="steps between reports of progress, default 0: none"),
-        Tensor(name="ticket", dtype="uint64", shape=one, text="a number that the caller draws to cancel by, default none"),
-        Tensor(name="cancel", dtype="uint64", shape=one, text="nothing is sampled, and the request with this ticket ends; default none"),
+        Tensor(name="priority", dtype="int32", shape=(1,), text="-8..8, each level doubles the share, default 0"),
+        Tensor(name="deadline_s", dtype="float32", shape=(1,), text="seconds from arrival after which it is given up, default none"),
+        Tensor(name="progress_every", dtype="int32", shape=(1,), text="steps between reports of progress, default 0: none"),
+        Tensor(name="ticket", dtype="uint64", shape=(1,), text="a number that the caller draws to cancel by, default none"),
+        Tensor(name="cancel", dtype="uint64", shape=(1,), text="nothing is sampled, and the request with this ticket ends; default none"),
         Tensor(name="output_format", dtype="uint8", shape=(-1,), text=f"{', '.join(FORMATS)}; default float16"),
         Tensor(name="region", dtype="uint8", shape=(-1,), text="a client's file in /dev/shm for the volumes, default none"),
         *_images(spec),
     ]  # fmt: skip
-    for condition in spec.conditions:
-        sizes = tuple(size if isinstance(size, int) else -1 for size in condition.shape) or one
-        fields = ", ".join(field.name for field in condition.fields)
-        text = condition.description or ("a condition" if fields else "required")
-        text = f"{text}: whole, or give {fields}" if fields else text
-        found.append(Tensor(name=condition.name, dtype=condition.dtype, shape=sizes, text=text))
-        for field in condition.fields:
-            text = f"{field.minimum:g}..{field.maximum:g} {field.description}".strip()
-            found.append(Tensor(name=field.name, dtype="float32", shape=one, text=text))
+    conditions = _condition_inputs(spec)
+    found += conditions
+    if isinstance(spec, ArtifactSpec):
+        text = "with guidance: {} of the other branch (a negative prompt)"
+        found += [replace(one, name=NEGATIVE + one.name, text=text.format(one.name)) for one in conditions]
     names = [tensor.name for tensor in found]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -75,6 +75,20 @@ def inputs(spec: Manifest) -> tuple[Tensor, ...]:
             f"[serve] {spec.name}: {', '.join(twice)} would name two inputs; rename the condition"
         )
     return tuple(found)
+
+
+def _condition_inputs(spec: Manifest) -> list[Tensor]:
+    found = []
+    for condition in spec.conditions:
+        sizes = tuple(size if isinstance(size, int) else -1 for size in condition.shape) or (1,)
+        fields = ", ".join(field.name for field in condition.fields)
+        text = condition.description or ("a condition" if fields else "required")
+        text = f"{text}: whole, or give {fields}" if fields else text
+        found.append(Tensor(name=condition.name, dtype=condition.dtype, shape=sizes, text=text))
+        for field in condition.fields:
+            text = f"{field.minimum:g}..{field.maximum:g} {field.description}".strip()
+            found.append(Tensor(name=field.name, dtype="float32", shape=(1,), text=text))
+    return found
 
 
 def _settings(spec: Manifest) -> list[Tensor]:
@@ -85,7 +99,7 @@ def _settings(spec: Manifest) -> list[Tensor]:
         return [
             Tensor(name="steps", dtype="int32", shape=(1,), text=f"denoising steps, 1..{last}, default {own.steps}"),
             Tensor(name="scheduler", dtype="uint8", shape=(-1,), text=f"ddim, ddpm, pndm, dpm-solver++ or rflow, default {own.scheduler}"),
-            Tensor(name="guidance", dtype="float32", shape=(1,), text="weight of classifier-free guidance, 0..100, default none"),
+            Tensor(name="guidance", dtype="float32", shape=(-1,), text="weight of classifier-free guidance, 0..100, or several: for each sample a volume at each; default none"),
             Tensor(name="size", dtype="int32", shape=(len(spatial),), text=f"the latent's sizes, default {spatial}"),
             Tensor(name="preview_every", dtype="int32", shape=(1,), text="steps between previews, default 0: none"),
         ]  # fmt: skip
@@ -107,6 +121,10 @@ def _images(spec: Manifest) -> list[Tensor]:
     return [
         Tensor(name="image", dtype="float32", shape=image, text="an image to start from, default none"),
         Tensor(name="strength", dtype="float32", shape=(1,), text="with image: how far it is noised, up to 1, default 1"),
+        Tensor(name="inpaint_mask", dtype="float32", shape=image, text="with image, of its shape: not 0 where to paint anew, default none"),
+        Tensor(name="inpaint_resamples", dtype="int32", shape=(1,), text=f"with inpaint_mask: runs of each stretch of steps, 1..1000, at most {MOST_CALLS} steps in all, default {Inpaint.resamples}"),
+        Tensor(name="inpaint_jump_length", dtype="int32", shape=(1,), text=f"with inpaint_mask: steps of such a stretch, default {Inpaint.jump_length}"),
+        Tensor(name="inpaint_paste", dtype="int32", shape=(1,), text="with inpaint_mask: 1 puts the image's own voxels back, 0 leaves the decoder's, default 1"),
     ]  # fmt: skip
 
 
@@ -115,12 +133,24 @@ def outputs(spec: Manifest) -> tuple[Tensor, ...]:
     volume = (-1,) * len(spec.spacing_mm)
     if volume_channels(spec) > 1:
         volume = (-1, *volume)
+    which, guidance = "which volume of the request", []
+    if isinstance(spec, ArtifactSpec):
+        which += "; with several weights sample 0 at each, then sample 1"
+        guidance = [
+            Tensor(
+                name="guidance",
+                dtype="float32",
+                shape=(1,),
+                text="of a volume, where several weights were given: its own",
+            )
+        ]
     return (
         Tensor(name="kind", dtype="uint8", shape=(-1,), text="progress, preview or volume"),
-        Tensor(name="sample", dtype="int32", shape=(1,), text="which volume of the request"),
+        Tensor(name="sample", dtype="int32", shape=(1,), text=which),
         Tensor(name="step", dtype="int32", shape=(1,), text="steps done"),
         Tensor(name="steps", dtype="int32", shape=(1,), text="steps to do"),
         Tensor(name="seed", dtype="uint64", shape=(1,), text="with it the request gives the same volumes again"),
+        *guidance,
         Tensor(name="volume_float32", dtype="float32", shape=volume, text="of a preview or volume, by output_format"),
         Tensor(name="volume_float16", dtype="float16", shape=volume, text="likewise"),
         Tensor(name="volume_uint16", dtype="uint16", shape=volume, text="likewise: value = scale[0] * number + scale[1]"),
@@ -149,16 +179,21 @@ def text_of(tensor: Array) -> str:
 class Asked:
     """A request, read off its tensors: what the model's `submit` takes, and how to answer.
 
-    `settings` are `Settings` of a diffusion model, `ChoiceSettings` of a token model, none of a one-pass model.
+    `settings` are `Settings` of a diffusion model, `ChoiceSettings` of a token model, none of a one-pass model. With
+    `weights` of guidance (else empty) each of the `samples` is a volume at each of them, numbered as `Model.sample_many`
+    yields them.
     """
 
     seed: int | None
     samples: int
     first_sample: int
     settings: Any
+    weights: tuple[float, ...]
     condition: Mapping[str, Any]
+    negative: Mapping[str, Any]
     size: tuple[int, ...] | None
     image: Array | None
+    inpaint: Inpaint | None
     priority: int
     deadline_s: float | None
     progress_every: int
@@ -168,17 +203,32 @@ class Asked:
     cancel: int | None
     region: str | None
 
-    def arguments(self) -> dict[str, Any]:
-        """What of the request `submit` takes by name, as far as it was given."""
-        given = {"condition": self.condition or None, "size": self.size, "image": self.image}
-        return {**{name: value for name, value in given.items() if value is not None}, **self.settings}
+    @property
+    def volumes(self) -> int:
+        """How many are answered."""
+        return self.samples * (len(self.weights) or 1)
+
+    def weight(self, volume: int) -> float | None:
+        """Of guidance, where there are several."""
+        return self.weights[volume % len(self.weights)] if self.weights else None
+
+    def arguments(self, volume: int) -> dict[str, Any]:
+        """What `submit` takes by name for one of the volumes, as far as it was given."""
+        given = {
+            "condition": self.condition or None, "negative": self.negative or None, "size": self.size,
+            "image": self.image, "inpaint": self.inpaint,
+        }  # fmt: skip
+        own = {"guidance": self.weight(volume)} if self.weights else {}
+        sample = self.first_sample + volume // (len(self.weights) or 1)
+        found = {name: value for name, value in given.items() if value is not None}
+        return {"sample": sample, **found, **self.settings, **own}
 
 
 def read_request(spec: Manifest, given: Mapping[str, Array]) -> Asked:
     """The request in `given`, tensors by name.
 
-    Raises ValueError: an unknown name, a wrong dtype or shape, a setting out of range; conditions, size and image are
-    checked by `submit`.
+    Raises ValueError: an unknown name, a wrong dtype or shape, a setting out of range; conditions, size, image and mask
+    are checked by `submit`.
     """
     known = {tensor.name: tensor for tensor in inputs(spec)}
     for name, value in given.items():
@@ -193,14 +243,27 @@ def read_request(spec: Manifest, given: Mapping[str, Array]) -> Asked:
     deadline = float(given["deadline_s"][0]) if "deadline_s" in given else None
     if deadline is not None and not 0 < deadline < math.inf:
         raise ValueError(f"[request] deadline_s={deadline:g}: need a number of seconds above 0")
+    settings = _given_settings(spec, given)
+    weights: tuple[float, ...] = ()
+    if isinstance(spec, ArtifactSpec):
+        weights, settings = split_sweep(spec, seed or 0, settings)
+        make_request(spec, seed or 0, settings)
+    if samples * len(weights) > MOST_SAMPLES:
+        raise ValueError(
+            f"[request] guidance: {samples} samples at {len(weights)} weights are {samples * len(weights)} volumes: need "
+            f"1..{MOST_SAMPLES}"
+        )
     return Asked(
         seed=seed,
         samples=samples,
         first_sample=_whole(given, "first_sample", 0, 0, SAMPLES_OF_A_SEED - samples),
-        settings=_given_settings(spec, seed or 0, given),
+        settings=settings,
+        weights=weights,
         condition=_conditions(spec, given),
+        negative=_conditions(spec, given, NEGATIVE),
         size=tuple(int(one) for one in given["size"]) if "size" in given else None,
         image=given.get("image"),
+        inpaint=_inpaint(spec, given, settings),
         priority=_whole(given, "priority", 0, -8, 8),
         deadline_s=deadline,
         progress_every=_whole(given, "progress_every", 0, 0, MOST_STEPS),
@@ -212,8 +275,8 @@ def read_request(spec: Manifest, given: Mapping[str, Array]) -> Asked:
     )
 
 
-def _given_settings(spec: Manifest, seed: int, given: Mapping[str, Array]) -> Any:
-    """The settings of the kind of model, checked."""
+def _given_settings(spec: Manifest, given: Mapping[str, Array]) -> Any:
+    """The settings of the kind of model; a diffusion model's are not checked yet."""
     if isinstance(spec, ArtifactSpec):
         found: Settings = {}
         if "steps" in given:
@@ -221,10 +284,10 @@ def _given_settings(spec: Manifest, seed: int, given: Mapping[str, Array]) -> An
         if "scheduler" in given:
             found["scheduler"] = _text(given, "scheduler")
         if "guidance" in given:
-            found["guidance"] = float(given["guidance"][0])
+            weights = [_decimal(weight) for weight in given["guidance"]]
+            found["guidance"] = weights if len(weights) > 1 else weights[0]
         if "strength" in given:
-            found["strength"] = float(given["strength"][0])
-        make_request(spec, seed, found)
+            found["strength"] = _decimal(given["strength"][0])
         return found
     chosen = {name: given[name][0].item() for name in ChoiceSettings.__annotations__ if name in given}
     if isinstance(spec, TokenSpec):
@@ -232,16 +295,40 @@ def _given_settings(spec: Manifest, seed: int, given: Mapping[str, Array]) -> An
     return chosen
 
 
-def _conditions(spec: Manifest, given: Mapping[str, Array]) -> dict[str, Any]:
+def _inpaint(spec: Manifest, given: Mapping[str, Array], settings: Settings) -> Inpaint | None:
+    names = [name for name in given if name.startswith("inpaint_")]
+    if not names or not isinstance(spec, ArtifactSpec):
+        return None
+    if "inpaint_mask" not in given:
+        raise ValueError(f"[request] {', '.join(names)} without inpaint_mask: give it, or leave these out")
+    resamples = _whole(given, "inpaint_resamples", Inpaint.resamples, 1, 1000)
+    sampler = make_request(spec, 0, settings).sampler
+    calls = ((sampler.steps or spec.scheduler.steps) - sampler.start) * resamples
+    if calls > MOST_CALLS:
+        raise ValueError(
+            f"[request] inpaint_resamples={resamples}: {calls} steps in all: need {MOST_CALLS} or fewer; take fewer steps"
+        )
+    jump = _whole(given, "inpaint_jump_length", Inpaint.jump_length, 1, MOST_CALLS)
+    paste = bool(_whole(given, "inpaint_paste", int(Inpaint.paste), 0, 1))
+    return Inpaint(given["inpaint_mask"], resamples, jump, paste)
+
+
+def _conditions(spec: Manifest, given: Mapping[str, Array], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for condition in spec.conditions:
-        if condition.name in given:
-            value = given[condition.name]
+        if prefix + condition.name in given:
+            value = given[prefix + condition.name]
             found[condition.name] = value if condition.shape else value.reshape(())
-        found |= {
-            field.name: float(given[field.name][0]) for field in condition.fields if field.name in given
-        }
+        for field in condition.fields:
+            if prefix + field.name in given:
+                found[field.name] = _decimal(given[prefix + field.name][0])
     return found
+
+
+def _decimal(value: np.generic) -> float:
+    """The number that was written, of which `value` is the nearest float32: 0.9 and not 0.89999998, whose bits, and
+    with `strength` steps, would not be those of `Model.sample`."""
+    return float(str(value))
 
 
 def _check(tensor: Tensor, value: Array) -> None:

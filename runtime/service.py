@@ -162,7 +162,7 @@ class Service:
 
     def _start(self, one: _Open) -> None:
         try:
-            for sample in range(one.asked.samples):
+            for sample in range(one.asked.volumes):
                 if one.error is not None:
                     break
                 with one.lock:
@@ -201,11 +201,10 @@ class Service:
         # The other kinds of models have none.
         previews: Any = {"on_preview": on_preview, "preview_every": asked.preview_every} if asked.preview_every else {}
         return self._model.submit(
-            one.seed, sample=asked.first_sample + sample,
-            turns=Turns(priority=asked.priority, deadline_s=asked.deadline_s),
+            one.seed, turns=Turns(priority=asked.priority, deadline_s=asked.deadline_s),
             on_step=on_step if asked.progress_every else None,
             **previews,
-            **asked.arguments(),
+            **asked.arguments(sample),
         )  # fmt: skip
 
     def _answer(self, one: _Open, sample: int, done: Future[Volume]) -> None:
@@ -220,6 +219,9 @@ class Service:
                     "seconds": np.array([seconds["steps"], seconds["decode"]], np.float32),
                     **pack_volume(volume, one.asked.output_format),
                 }
+                weight = one.asked.weight(sample)
+                if weight is not None:
+                    tensors["guidance"] = np.array([weight], np.float32)
                 if one.region is not None:
                     tensors = place_volume(tensors, one.asked.output_format, one.region)
                 if self._send(one, tensors):
