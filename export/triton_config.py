@@ -12,7 +12,7 @@ from typing import final, get_args
 from volcast.runtime.atomic import atomic_folder
 from volcast.runtime.engine_name import EngineName
 from volcast.runtime.interface import Tensor, inputs, outputs
-from volcast.runtime.spec import ArtifactSpec
+from volcast.runtime.spec import Manifest
 
 ON_GPU = [
     name
@@ -48,12 +48,12 @@ class Serving:
     queue: int = 256
 
 
-def model_name(spec: ArtifactSpec) -> str:
+def model_name(spec: Manifest) -> str:
     """The artifact's name, in letters that a path and a URL take."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", spec.name)
 
 
-def triton_config(spec: ArtifactSpec, name: str, serving: Serving = Serving()) -> str:
+def triton_config(spec: Manifest, name: str, serving: Serving = Serving()) -> str:
     """The text of config.pbtxt for a model called `name`. ValueError: an input's name is taken twice."""
     gpu = serving.engine in ON_GPU
     parameters = {
@@ -80,7 +80,7 @@ def triton_config(spec: ArtifactSpec, name: str, serving: Serving = Serving()) -
     return "\n".join([*lines, ""])
 
 
-def write_model(folder: Path, name: str, spec: ArtifactSpec, serving: Serving = Serving()) -> None:
+def write_model(folder: Path, name: str, spec: Manifest, serving: Serving = Serving()) -> None:
     """Write the model `name` into the repository `folder`: config.pbtxt and 1/model.py."""
     text = triton_config(spec, name, serving)
     with atomic_folder(folder / name) as model:

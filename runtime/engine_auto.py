@@ -11,6 +11,8 @@ from .engine import Engine
 from .engine_name import EngineName
 from .onnxruntime_provider import PROVIDERS
 from .sizes import parse_bytes
+from .spec import ArtifactSpec, Manifest
+from .token_spec import TokenSpec
 
 INSTALL = {"openvino": "pip install 'volcast[openvino]'", "onnxruntime": "pip install onnxruntime"}
 """The engines for a CPU, the fastest first, and how to get each."""
@@ -69,6 +71,15 @@ def resolve_engine(name: EngineName, threads: int | None) -> tuple[EngineName, i
         return name, threads
     opened = open_engine(name, threads)
     return cast(EngineName, opened.name), opened.threads
+
+
+def check_engine(spec: Manifest, engine: str | Engine) -> None:
+    """ValueError: an engine for another device, by its name, and a token or one-pass model, which run on none."""
+    known = ("auto", *sorted(INSTALL))
+    if isinstance(spec, ArtifactSpec) or isinstance(engine, Engine) or engine in known:
+        return
+    how = "samples token by token" if isinstance(spec, TokenSpec) else "makes an image in one pass"
+    raise ValueError(f"[load] engine={engine!r}: {spec.name} {how}, on one of {', '.join(known)}")
 
 
 def _cuda(limit: int | None) -> Engine:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from .batching import Turns
 from .conditions import resolve
 from .engine import Arrays, Engine
-from .engine_auto import open_engine
+from .engine_auto import check_engine, open_engine
 from .frame import fitted, place_of
 from .generator_spec import GeneratorSpec
 from .memory import PeakMemory
@@ -22,12 +22,11 @@ from .programs import Programs
 from .queueing import Queued, Queueing, check_sample
 from .report import Report, Stopwatch
 from .request import SAMPLES_OF_A_SEED, OnStep
-from .sizes import check_size, whole
+from .sizes import check_size, fixed_sizes, whole
 from .volume import Volume, centred_affine
 
 Condition = Mapping[str, Any]
 Image = Volume | NDArray[np.generic]
-ENGINES = ("auto", "onnxruntime", "openvino")
 
 
 @final
@@ -103,7 +102,7 @@ class GeneratorModel:
 
         Raises ValueError: a network without an encoder, an image of another size.
         """
-        found = self._programs.call("encode", {"image": self._image(image)})
+        found = self._programs.call("encode", {"image": check_style(self.spec, image)})
         return np.asarray(found["z_mu"], np.float32), np.asarray(found["z_sigma"], np.float32)
 
     def submit(
@@ -128,7 +127,7 @@ class GeneratorModel:
         self._check(1, seed, 1)
         values, place = [self._values(condition)], place_of(self.spec, "sample", None, [condition or {}])
         if image is not None:
-            self._image(image)
+            check_style(self.spec, image)
 
         def job(told: OnStep) -> Volume:
             worker = self._worker
@@ -159,21 +158,7 @@ class GeneratorModel:
                 raise ValueError(f"[sample] {name}={value!r}: need {least}..{most}")
 
     def _values(self, condition: Condition | None) -> Arrays:
-        sizes = {axis.name: axis.maximum for axis in self.spec.axes if axis.name != "batch"}
-        return resolve(self.spec, condition, sizes).values
-
-    def _image(self, image: Image) -> NDArray[np.generic]:
-        """`[1, C, *spatial]`, checked (ValueError)."""
-        if "encode" not in self.spec.programs:
-            raise ValueError(f"[encode] {self.spec.name} has no encoder of styles; leave the image out")
-        array = np.asarray(fitted("[encode] the image", image, self.spec))
-        shape = self.spec.programs["encode"].inputs[0].shape[1:]
-        wanted = array[None] if array.ndim == len(shape) - 1 else array
-        if wanted.shape != shape or array.dtype.kind not in "fiub" or not np.isfinite(array).all():
-            raise ValueError(
-                f"[encode] got {array.dtype} {array.shape}: need finite numbers, {shape}; crop, pad or resample the image"
-            )
-        return wanted[None]
+        return resolve(self.spec, condition, fixed_sizes(self.spec)).values
 
     def _run(
         self,
@@ -222,6 +207,20 @@ class GeneratorModel:
                 yield Volume(array, affine, spacing, report)
 
 
+def check_style(spec: GeneratorSpec, image: Image) -> NDArray[np.generic]:
+    """An image whose style samples shall have, `[1, C, *spatial]`. Raises ValueError as `GeneratorModel.encode`."""
+    if "encode" not in spec.programs:
+        raise ValueError(f"[encode] {spec.name} has no encoder of styles; leave the image out")
+    array = np.asarray(fitted("[encode] the image", image, spec))
+    shape = spec.programs["encode"].inputs[0].shape[1:]
+    wanted = array[None] if array.ndim == len(shape) - 1 else array
+    if wanted.shape != shape or array.dtype.kind not in "fiub" or not np.isfinite(array).all():
+        raise ValueError(
+            f"[encode] got {array.dtype} {array.shape}: need finite numbers, {shape}; crop, pad or resample the image"
+        )
+    return wanted[None]
+
+
 def load_generator(
     folder: Path,
     spec: GeneratorSpec,
@@ -234,10 +233,7 @@ def load_generator(
 
     Raises ValueError: an engine for another device, or a memory limit, which nothing keeps here.
     """
-    if isinstance(engine, str) and engine not in ENGINES:
-        raise ValueError(
-            f"[load] engine={engine!r}: {spec.name} makes an image in one pass, on one of {', '.join(ENGINES)}"
-        )
+    check_engine(spec, engine)
     if memory_limit is not None:
         raise ValueError(
             f"[load] memory_limit: {spec.name} makes an image in one pass and keeps none; leave it out"

@@ -10,18 +10,20 @@ import numpy as np
 
 from .interface import Array, as_bytes, inputs
 from .service import Reason, Reply, Service
-from .sizes import latent_sizes
-from .spec import ArtifactSpec
+from .sizes import fixed_sizes, latent_sizes
+from .spec import ArtifactSpec, Manifest
 
 
-def probe_tensors(spec: ArtifactSpec) -> dict[str, Array]:
-    """Inputs of a request for one step, conditions that must be given at their least."""
-    _, sizes = latent_sizes(spec)
+def probe_tensors(spec: Manifest) -> dict[str, Array]:
+    """Inputs of a request for one step, where a model has steps; conditions that must be given at their least."""
     dtypes = {tensor.name: tensor.dtype for tensor in inputs(spec)}
     found: dict[str, Array] = {
-        "seed": np.array([0], np.uint64), "steps": np.array([1], np.int32), "priority": np.array([8], np.int32),
-        "output_format": as_bytes("nifti"),
+        "seed": np.array([0], np.uint64), "priority": np.array([8], np.int32), "output_format": as_bytes("nifti"),
     }  # fmt: skip
+    sizes = fixed_sizes(spec)
+    if isinstance(spec, ArtifactSpec):
+        _, sizes = latent_sizes(spec)
+        found["steps"] = np.array([1], np.int32)
     for condition in spec.conditions:
         if not condition.fields:
             shape = [
@@ -32,7 +34,7 @@ def probe_tensors(spec: ArtifactSpec) -> dict[str, Array]:
     return found
 
 
-def warm_up(service: Service, spec: ArtifactSpec) -> None:
+def warm_up(service: Service, spec: Manifest) -> None:
     """Sample once, so that the first caller waits for no memory. ValueError: why no volume comes."""
     answer = _Answer()
     service.accept(probe_tensors(spec), answer)

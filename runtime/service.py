@@ -19,9 +19,9 @@ from volcast import _core
 
 from .answers import pack_volume, place_volume
 from .batching import Expired, Sampling, Turns
+from .generator_model import GeneratorModel
 from .interface import Array, Asked, as_bytes, read_request
 from .metrics import Tally
-from .generator_model import GeneratorModel
 from .pipeline import Model
 from .queueing import Queued
 from .region import Region, open_region
@@ -199,7 +199,9 @@ class Service:
 
         told = [0]
         # The other kinds of models have none.
-        previews: Any = {"on_preview": on_preview, "preview_every": asked.preview_every} if asked.preview_every else {}
+        previews: Any = (
+            {"on_preview": on_preview, "preview_every": asked.preview_every} if asked.preview_every else {}
+        )
         return self._model.submit(
             one.seed, turns=Turns(priority=asked.priority, deadline_s=asked.deadline_s),
             on_step=on_step if asked.progress_every else None,

@@ -102,14 +102,25 @@ def latent_sizes(
 
 
 def volume_shape(
-    spec: ArtifactSpec, size: Sequence[int] | None = None, operation: str = "sample"
+    spec: Manifest, size: Sequence[int] | None = None, operation: str = "sample"
 ) -> tuple[int, ...]:
-    """The spatial shape of the volume that comes of a latent of these spatial sizes; arguments as in `latent_sizes`."""
-    spatial, sizes = latent_sizes(spec, size, operation)
-    if "decode" not in spec.programs:
-        return spatial
+    """The spatial shape of the volume that comes of a latent of these spatial sizes; arguments as in `latent_sizes`.
+
+    Token and one-pass models have one size, and no `size`.
+    """
+    if isinstance(spec, ArtifactSpec):
+        spatial, sizes = latent_sizes(spec, size, operation)
+        if "decode" not in spec.programs:
+            return spatial
+    else:
+        sizes = fixed_sizes(spec)
     shape = spec.programs["decode"].outputs[0].shape[2:]
     return tuple(one if isinstance(one, int) else sizes[one] for one in shape)
+
+
+def fixed_sizes(spec: Manifest) -> dict[str, int]:
+    """The size of every axis but the batch's, of a model whose volumes have one size."""
+    return {axis.name: axis.maximum for axis in spec.axes if axis.name != "batch"}
 
 
 def volume_channels(spec: Manifest) -> int:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from .batching import Turns
 from .conditions import resolve
 from .engine import Arrays, Engine
-from .engine_auto import open_engine
+from .engine_auto import check_engine, open_engine
 from .frame import fitted
 from .healing import Healed, heal_tokens, masked_difference, unlikely
 from .memory import PeakMemory
@@ -29,7 +29,6 @@ from .token_spec import TokenSpec
 from .volume import Volume, centred_affine
 
 Condition = Mapping[str, Any]
-ENGINES = ("auto", "onnxruntime", "openvino")
 
 
 @final
@@ -347,10 +346,7 @@ def load_tokens(
 
     Raises ValueError: a diffusion model, an engine for another device, or a memory limit, which nothing keeps here.
     """
-    if isinstance(engine, str) and engine not in ENGINES:
-        raise ValueError(
-            f"[load] engine={engine!r}: {spec.name} samples token by token, on one of {', '.join(ENGINES)}"
-        )
+    check_engine(spec, engine)
     if memory_limit is not None:
         raise ValueError(f"[load] memory_limit: {spec.name} samples tokens, which keeps none; leave it out")
     if isinstance(spec, TokenSpec):

@@ -59,10 +59,10 @@ def serve(
 ) -> None:
     """Serve an artifact: NVIDIA Triton Inference Server on loopback, kept alive, and a gateway with a page before it."""
     from volcast.export.triton_config import Serving, model_name, write_model
-    from volcast.runtime.artifact import MANIFEST, read_artifact
+    from volcast.runtime.artifact import MANIFEST, read_manifest
     from volcast.runtime.atomic import sha256
     from volcast.runtime.default_artifact import NAME, default_artifact
-    from volcast.runtime.engine_auto import resolve_engine
+    from volcast.runtime.engine_auto import check_engine, resolve_engine
     from volcast.runtime.probe import probe_tensors
 
     from .gateway.application import LOOPBACK, Application
@@ -79,7 +79,8 @@ def serve(
     check_exposure(listening, known)
     limits = Limits(rate=rate, concurrency=concurrency, voxels=max_voxels, store_bytes=store_mib * 2**20)
     folder = (artifact or default_artifact()).resolve()
-    spec = read_artifact(folder)
+    spec = read_manifest(folder)
+    check_engine(spec, engine)
     name = NAME if artifact is None else model_name(spec)
     ports = Ports(http=http_port, grpc=grpc_port, metrics=metrics_port)
     log_to_stderr()

@@ -7,9 +7,11 @@ import time
 from contextlib import aclosing
 from typing import final
 
+import numpy as np
+
 from volcast.runtime.interface import text_of
 from volcast.runtime.probe import probe_tensors
-from volcast.runtime.spec import ArtifactSpec
+from volcast.runtime.spec import ArtifactSpec, Manifest
 
 from .log import LOGGER
 from .refusal import Refusal
@@ -22,9 +24,13 @@ PROBE_S = 60.0
 class Readiness:
     """For one event loop."""
 
-    def __init__(self, spec: ArtifactSpec, upstream: Upstream, hold_s: float) -> None:
+    def __init__(self, spec: Manifest, upstream: Upstream, hold_s: float) -> None:
         """An answer holds for `hold_s` seconds, and so does a volume that a caller got meanwhile."""
         self._upstream, self._hold_s, self._tensors = upstream, hold_s, probe_tensors(spec)
+        # A whole volume of a token model takes seconds: its first token tells, and ends the probe.
+        self._tells = "volume" if isinstance(spec, ArtifactSpec) else "progress"
+        if self._tells == "progress":
+            self._tensors["progress_every"] = np.array([1], np.int32)
         self._lock = asyncio.Lock()
         self._known: tuple[float, str | None] = (-1e9, "nothing was asked yet")
 
@@ -45,8 +51,10 @@ class Readiness:
         try:
             async with asyncio.timeout(PROBE_S):
                 async with aclosing(self._upstream.answers(self._tensors, resend=False)) as answers:
-                    kinds = [text_of(one["kind"]) async for one in answers]
-            return None if kinds == ["volume"] else f"a probe was answered with {kinds}"
+                    async for one in answers:
+                        kind = text_of(one["kind"])
+                        return None if kind == self._tells else f"a probe was answered with {kind}"
+            return "a probe was not answered"
         except TimeoutError:
             return f"no volume within {PROBE_S:g} s"
         except Refusal as refusal:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from volcast.runtime.sizes import check_size, volume_shape
-from volcast.runtime.spec import ArtifactSpec, ConditionSpec
+from volcast.runtime.spec import ArtifactSpec, ConditionSpec, Manifest
+from volcast.runtime.token_spec import TokenSpec
 
 
 def image_latent(spec: ArtifactSpec, shape: Sequence[int]) -> tuple[int, ...]:
@@ -26,13 +27,14 @@ def image_latent(spec: ArtifactSpec, shape: Sequence[int]) -> tuple[int, ...]:
     return found
 
 
-def takes_image(spec: ArtifactSpec) -> bool:
-    """Whether a request may start from an image, which has one channel."""
-    return "encode" in spec.programs and spec.programs["encode"].inputs[0].shape[1] == 1
+def takes_image(spec: Manifest) -> bool:
+    """Whether a request may hold an image, to start from or whose style to take; it has one channel."""
+    takes = "encode" in spec.programs and not isinstance(spec, TokenSpec)
+    return takes and spec.programs["encode"].inputs[0].shape[1] == 1
 
 
-def takes_file(spec: ArtifactSpec, condition: ConditionSpec) -> bool:
+def takes_file(spec: Manifest, condition: ConditionSpec) -> bool:
     """Whether the condition is a volume of one channel: a label map, or an image."""
-    dims = len(spec.latent_shape) - 1
+    dims = len(spec.spacing_mm)
     shape = condition.shape[1:] if condition.shape[:1] == (1,) else condition.shape
     return not condition.fields and len(shape) == dims and all(isinstance(size, str) for size in shape)
