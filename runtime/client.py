@@ -68,7 +68,8 @@ class Client:
         return self.sample_many(1, seed, **options)[0]
 
     def sample_many(self, n: int, seed: int | None = None, **options: Unpack[RequestOptions]) -> list[Volume]:
-        """`n` volumes (of several weights of guidance one each), the same bits as `Model.sample_many` gives where `output_format` is float32, its default.
+        """`n` volumes, of several weights of guidance as many each, in the order and with the bits of `Model.sample_many`
+        where `output_format` is float32, its default.
 
         Args:
             seed: sample i takes its noise from (seed, i); None: drawn.

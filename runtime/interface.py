@@ -284,10 +284,10 @@ def _given_settings(spec: Manifest, given: Mapping[str, Array]) -> Any:
         if "scheduler" in given:
             found["scheduler"] = _text(given, "scheduler")
         if "guidance" in given:
-            weights = [_decimal(weight) for weight in given["guidance"]]
+            weights = [decimal(weight) for weight in given["guidance"]]
             found["guidance"] = weights if len(weights) > 1 else weights[0]
         if "strength" in given:
-            found["strength"] = _decimal(given["strength"][0])
+            found["strength"] = decimal(given["strength"][0])
         return found
     chosen = {name: given[name][0].item() for name in ChoiceSettings.__annotations__ if name in given}
     if isinstance(spec, TokenSpec):
@@ -321,11 +321,11 @@ def _conditions(spec: Manifest, given: Mapping[str, Array], prefix: str = "") ->
             found[condition.name] = value if condition.shape else value.reshape(())
         for field in condition.fields:
             if prefix + field.name in given:
-                found[field.name] = _decimal(given[prefix + field.name][0])
+                found[field.name] = decimal(given[prefix + field.name][0])
     return found
 
 
-def _decimal(value: np.generic) -> float:
+def decimal(value: np.generic) -> float:
     """The number that was written, of which `value` is the nearest float32: 0.9 and not 0.89999998, whose bits, and
     with `strength` steps, would not be those of `Model.sample`."""
     return float(str(value))

@@ -177,7 +177,7 @@ def test_a_body_becomes_what_the_server_reads(spec: ArtifactSpec) -> None:
     order = reader.read(
         b'{"seed": "5", "size": [4, 6, 8], "num_samples": 3, "steps": 9, "condition": {"anterior": 1}}'
     )
-    assert (order.seed, order.samples, order.steps, order.shape) == (5, 3, 9, (8, 12, 16))
+    assert (order.seed, order.volumes, order.steps, order.shape) == (5, 3, 9, (8, 12, 16))
     asked = read_request(spec, order.tensors)
     assert (asked.seed, asked.samples, asked.size, asked.output_format) == (5, 3, (4, 6, 8), "nifti")
     assert asked.condition == {"anterior": 1.0} and asked.settings == {"steps": 9}

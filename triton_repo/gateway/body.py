@@ -8,14 +8,15 @@ import re
 import reprlib
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from volcast.runtime.frame import place_of
-from volcast.runtime.interface import Array, as_bytes, inputs, read_request
+from volcast.runtime.image_start import painted
+from volcast.runtime.interface import NEGATIVE, Array, Asked, as_bytes, inputs, read_request
 from volcast.runtime.job import Job, make_job
 from volcast.runtime.low_res import low_res_size, with_channels
 from volcast.runtime.request import make_request
@@ -44,7 +45,8 @@ class Order:
 
     Attributes:
         tensors: what it is sent.
-        seed, samples: as in `Model.sample_many`.
+        seed: as in `Model.sample_many`.
+        volumes: how many are answered.
         steps: calls of the network.
         shape: the spatial shape of each volume.
         place: the image or label map that the volumes lie where, or None; the server answers with bare numbers then.
@@ -52,7 +54,7 @@ class Order:
 
     tensors: Mapping[str, Array]
     seed: int
-    samples: int
+    volumes: int
     steps: int
     shape: tuple[int, ...]
     place: Volume | None
@@ -106,35 +108,46 @@ class BodyReader:
             raise ValueError(f"[request] {name}={reprlib.repr(given[name])}: need {need}") from error
 
     def _order(self, body: dict[str, Any]) -> Order:
-        condition = self._files.conditions(body.pop("condition", {}))
+        condition, negative = (
+            self._files.conditions(part, body.pop(part, {})) for part in ("condition", "negative")
+        )
         image = self._files.image(body.pop("image", None))
         place = place_of(self._spec, "request", image, [condition])
         if self._spec.low_res is not None:
-            condition = dict(with_channels(self._spec, condition))
+            condition, negative = (dict(with_channels(self._spec, one)) for one in (condition, negative))
+        inpaint = body.pop("inpaint", {})
+        mask = self._files.mask(inpaint.pop("mask")) if inpaint else None
+        body |= {f"inpaint_{name}": int(value) for name, value in inpaint.items()}
         seed = self._seed(body.pop("seed", None))
         tensors = {name: self._tensor(name, value) for name, value in body.items()}
         form = "nifti" if place is None else "float32"
         tensors |= {"seed": np.array([seed], np.uint64), "output_format": as_bytes(form)}
+        if mask is not None:
+            tensors["inpaint_mask"] = mask.array
         asked = read_request(self._spec, tensors)
         request = make_request(self._spec, seed, asked.settings)
-        size: Sequence[int] | None = self._size(image, asked.size, request.strength)
+        size: Sequence[int] | None = self._size(image, asked, request.strength)
         if self._spec.low_res is not None and size is None:
             size = low_res_size(self._spec, condition)
         shape = volume_shape(self._spec, size, "request")
-        self._check_bytes(shape, asked.samples)
-        job = make_job(self._spec, request, asked.samples, 1, condition, size)
-        self._check_previews(job, asked.preview_every, asked.samples)
-        tensors |= self._conditions(condition)
+        self._check_bytes(shape, asked)
+        job = make_job(self._spec, request, asked.samples, 1, condition, size, negative, asked.weights)
+        if asked.inpaint is not None and mask is not None:
+            # What the latent holds does not matter to the checks.
+            job, _ = painted(job, replace(asked.inpaint, mask=mask), image, np.zeros(job.shape, np.float32))
+        self._check_previews(job, asked)
+        tensors |= self._conditions(condition) | self._conditions(negative, NEGATIVE)
         if image is not None:
             tensors["image"] = image.array
         return Order(
-            tensors=tensors, seed=seed, samples=asked.samples, steps=len(job.plan), shape=shape, place=place
+            tensors=tensors, seed=seed, volumes=asked.volumes, steps=len(job.plan), shape=shape, place=place
         )
 
-    def _size(
-        self, image: Volume | None, given: tuple[int, ...] | None, strength: float
-    ) -> tuple[int, ...] | None:
+    def _size(self, image: Volume | None, asked: Asked, strength: float) -> tuple[int, ...] | None:
+        given = asked.size
         if image is None:
+            if asked.inpaint is not None:
+                raise ValueError("[request] inpaint without an image: give the image that its mask is of")
             if strength != 1:
                 raise ValueError(
                     f"[request] strength={strength:g} without an image: give one, or leave it out"
@@ -163,26 +176,26 @@ class BodyReader:
         except OverflowError as error:
             raise ValueError(f"[request] {name}={reprlib.repr(value)}: need {self._inputs[name].text}") from error  # fmt: skip
 
-    def _conditions(self, given: Mapping[str, Any]) -> dict[str, Array]:
+    def _conditions(self, given: Mapping[str, Any], prefix: str = "") -> dict[str, Array]:
         """What `make_job` has found good, as tensors."""
         found = {}
         for name, value in given.items():
             array = np.asarray(value).astype(self._inputs[name].dtype)
-            found[name] = array if array.ndim else array.reshape(1)
+            found[prefix + name] = array if array.ndim else array.reshape(1)
         return found
 
-    def _check_bytes(self, shape: tuple[int, ...], samples: int) -> None:
+    def _check_bytes(self, shape: tuple[int, ...], asked: Asked) -> None:
         voxels, most = math.prod(shape) * volume_channels(self._spec), self._limits.voxels
         if voxels > most:
             raise Refusal("too_large", f"[request] size: volumes of {_times(shape)} = {voxels} voxels; this server makes up to {most}")  # fmt: skip
         # float32, a hundredth for what gzip adds to noise, and a header.
-        if samples * (4.04 * voxels + 1024) > self._limits.store_bytes:
-            raise Refusal("too_large", f"[request] num_samples={samples}: {samples} volumes of {_times(shape)} are more than this server keeps at once; ask for fewer")  # fmt: skip
+        if asked.volumes * (4.04 * voxels + 1024) > self._limits.store_bytes:
+            raise Refusal("too_large", f"[request] num_samples={asked.samples}: {asked.volumes} volumes of {_times(shape)} are more than this server keeps at once; ask for fewer")  # fmt: skip
 
-    def _check_previews(self, job: Job, every: int, samples: int) -> None:
-        most = self._limits.previews
-        if every and len(job.plan) // every * samples > most:
-            least = -(-len(job.plan) * samples // most)
+    def _check_previews(self, job: Job, asked: Asked) -> None:
+        most, every, volumes = self._limits.previews, asked.preview_every, asked.volumes
+        if every and len(job.plan) // every * volumes > most:
+            least = -(-len(job.plan) * volumes // most)
             raise ValueError(
                 f"[request] preview_every={every}: more than {most} previews; need {least} or more"
             )

@@ -31,7 +31,7 @@ def model_entry(spec: ArtifactSpec, name: str, limits: Limits) -> dict[str, Any]
         "volume": {"shape": list(volume_shape(spec)), "spacing_mm": list(spec.spacing_mm)},
         "conditions": [_condition(spec, one) for one in spec.conditions],
         "image": takes_image(spec),
-        "guidance": any(one.unconditional is not None for one in spec.conditions),
+        "guidance": bool(spec.conditions),
         "limits": {
             "steps": [1, spec.scheduler.noise_schedule.num_train_timesteps], "num_samples": [1, MOST_SAMPLES],
             "guidance": [0, 100], "priority": [-8, 8], "size": sizes, "previews": limits.previews,

@@ -28,38 +28,44 @@ class Files:
 
     def image(self, text: str | None) -> Volume | None:
         """The image in a base64 text, as `read_nifti` reads the file. ValueError: see `read_upload`, other axes."""
-        if text is None:
-            return None
-        header, array = read_upload("image", text, self._most_voxels)
+        return None if text is None else self._on_own_grid("image", text)
+
+    def mask(self, text: str) -> Volume:
+        """The mask of what to paint anew, likewise."""
+        return self._on_own_grid("inpaint mask", text)
+
+    def _on_own_grid(self, name: str, text: str) -> Volume:
+        header, array = read_upload(name, text, self._most_voxels)
         slices = array.shape[2:] if self._dims == 2 else ()
         if array.ndim - len(slices) != self._dims or slices not in ((), (1,)):
-            raise ValueError(f"[request] image has shape {array.shape}: need {self._dims} axes")
+            raise ValueError(f"[request] {name} has shape {array.shape}: need {self._dims} axes")
         spacing = tuple(float(size) for size in header.get_zooms()[: array.ndim])
         volume = Volume(
             np.ascontiguousarray(array), np.asarray(header.get_best_affine(), np.float64), spacing
         )
-        found: Volume = fitted("[request] image", volume, self._spec)
+        found: Volume = fitted(f"[request] {name}", volume, self._spec)
         return found
 
-    def conditions(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """`given` with the files among its values read, each on the model's grid (`runtime.mask`)."""
+    def conditions(self, part: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """`given`, the body's `part`, with the files among its values read, each on the model's grid (`runtime.mask`)."""
         return {
-            name: self._condition(name, value) if isinstance(value, str) else value
+            name: self._condition(part, name, value) if isinstance(value, str) else value
             for name, value in given.items()
         }
 
-    def _condition(self, name: str, text: str) -> Volume:
+    def _condition(self, part: str, name: str, text: str) -> Volume:
         spec = next((one for one in self._spec.conditions if one.name == name), None)
         if spec is None or not takes_file(self._spec, spec):
             known = ", ".join(one.name for one in self._spec.conditions if takes_file(self._spec, one))
             raise ValueError(
-                f"[request] condition {reprlib.repr(name)} takes no file; those that do: {known or 'none'}"
+                f"[request] {part} {reprlib.repr(name)} takes no file; those that do: {known or 'none'}"
             )
-        header, array = read_upload(name, text, self._most_voxels)
+        where = name if part == "condition" else f"{part} {name}"
+        header, array = read_upload(where, text, self._most_voxels)
         if self._dims == 3 and array.ndim == 2:
-            raise ValueError(f"[request] {name} has shape {array.shape}: need 3 axes")
+            raise ValueError(f"[request] {where} has shape {array.shape}: need 3 axes")
         coarser = enlargement(self._spec) if self._spec.low_res is not None and name == LOW_RES else (1, 1, 1)
-        volume = on_grid(f"[request] {name}", header, array, self._spec, coarser)
+        volume = on_grid(f"[request] {where}", header, array, self._spec, coarser)
         if len(spec.shape) == volume.array.ndim + 1:
             return Volume(volume.array[None], volume.affine, volume.spacing_mm)
         return volume

@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
 from volcast.runtime.answers import pack_volume, unpack_volume
-from volcast.runtime.interface import Array, text_of
+from volcast.runtime.interface import Array, decimal, text_of
 from volcast.runtime.volume import Volume
 
 from .body import BodyReader, Order
@@ -58,7 +58,7 @@ class Generate:
             streams = _streams(request)
             order = await self._order(request, hold)
             hold(order.bytes)
-            scope["state"]["log"] |= {"seed": str(order.seed), "samples": order.samples, "steps": order.steps}
+            scope["state"]["log"] |= {"seed": str(order.seed), "samples": order.volumes, "steps": order.steps}
             try:
                 if streams:
                     events = self._events(request, order)
@@ -108,8 +108,8 @@ class Generate:
         return b"".join(parts)
 
     async def _file(self, request: Request, order: Order, send: Send) -> None:
-        if order.samples != 1:
-            raise Refusal("invalid", f"[request] num_samples={order.samples}: one file holds one; send Accept: text/event-stream")  # fmt: skip
+        if order.volumes != 1:
+            raise Refusal("invalid", f"[request] {order.volumes} volumes: one file holds one; send Accept: text/event-stream")  # fmt: skip
         content = await unless_gone(self._only(request, order), request.receive)
         name, headers = self._filename(order.seed, 0), {"x-seed": str(order.seed)}
         answer = Download(content, name, headers, stall_s=self._timing.stall_s)
@@ -176,10 +176,10 @@ class Generate:
                 "the server failed", extra={"fields": {"request_id": request_id, "error": refusal.message}}
             )
             raise Refusal("internal", INTERNAL) from refusal
-        missing = order.samples - sum(kind == "volume" for kind, _ in told)
+        missing = order.volumes - sum(kind == "volume" for kind, _ in told)
         if missing:
             raise Refusal(
-                "internal", f"[gateway] {missing} of {order.samples} volumes did not come; ask again"
+                "internal", f"[gateway] {missing} of {order.volumes} volumes did not come; ask again"
             )
 
     def _told(
@@ -198,8 +198,9 @@ class Generate:
             return {"sample": sample, "step": step, "steps": order.steps, "url": f"/v1/volumes/{key}"}
         key = self._store.put(content, owner=caller, filename=filename, preview=False)
         header = nibabel.Nifti1Header.from_fileobj(gzip.GzipFile(fileobj=io.BytesIO(content)))
+        guidance = {"guidance": decimal(tensors["guidance"][0])} if "guidance" in tensors else {}
         return {
-            "sample": sample, "seed": str(int(tensors["seed"][0])), "shape": list(header.get_data_shape()),
+            "sample": sample, **guidance, "seed": str(int(tensors["seed"][0])), "shape": list(header.get_data_shape()),
             "affine": tensors["affine"].reshape(4, 4).tolist(), "seconds": [float(one) for one in tensors["seconds"]],
             "url": f"/v1/volumes/{key}", "bytes": len(content),
         }  # fmt: skip

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, create_model
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, create_model
 
-from volcast.runtime.interface import Tensor, inputs
+from volcast.runtime.interface import MOST_SAMPLES, Tensor, inputs
 from volcast.runtime.spec import ArtifactSpec, ConditionSpec
 
 from .shapes import takes_file, takes_image
@@ -24,6 +24,16 @@ FILE: dict[str, Any] = {"type": "string", "contentEncoding": "base64", "contentM
 """A `.nii.gz`; a `.nii` is taken as well."""
 
 
+class Inpainting(BaseModel):
+    """`Inpaint`, its mask as a file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    mask: StrictStr = Field(json_schema_extra=FILE)
+    resamples: StrictInt | None = None
+    jump_length: StrictInt | None = None
+    paste: StrictBool | None = None
+
+
 def body_schema(spec: ArtifactSpec) -> type[BaseModel]:
     """Types only: ranges are checked by `read_request` and `make_job`, whose texts are the answer."""
     fields: dict[str, Any] = {
@@ -34,15 +44,18 @@ def body_schema(spec: ArtifactSpec) -> type[BaseModel]:
     if takes_image(spec):
         text = "an image to start from: a NIfTI file with an affine, in base64"
         fields["image"] = (StrictStr | None, Field(None, description=text, json_schema_extra=FILE))
+        text = "a part of the image to paint anew: mask (not 0 there; a NIfTI file on the image's grid), resamples, jump_length, paste"
+        fields["inpaint"] = (Inpainting | None, Field(None, description=text))
     known = {name: schema for one in spec.conditions for name, schema in _condition(spec, one).items()}
-    fields["condition"] = (
-        dict[Name, Number | StrictStr | list[Any]] | None,
-        Field(
-            None,
-            description="by name of up to 100 letters: numbers of fields, whole arrays as nested lists or NIfTI files in base64",
-            json_schema_extra={"properties": known, "additionalProperties": False} if known else None,
-        ),
-    )
+    texts = {
+        "condition": "by name of up to 100 letters: numbers of fields, whole arrays as nested lists or NIfTI files in base64"
+    }
+    if known:
+        texts["negative"] = "with guidance: as condition, of the other branch (a negative prompt)"
+    for name, text in texts.items():
+        extra: Any = {"properties": known, "additionalProperties": False} if known else None
+        kind = dict[Name, Number | StrictStr | list[Any]] | None
+        fields[name] = (kind, Field(None, description=text, json_schema_extra=extra))
     return create_model("Generate", __config__=ConfigDict(extra="forbid", frozen=True), **fields)
 
 
@@ -53,6 +66,8 @@ def _type(tensor: Tensor) -> Any:
         # JavaScript's numbers end at 2^53.
         return StrictInt | Annotated[StrictStr, Field(max_length=20)]
     one: Any = StrictInt if tensor.dtype == "int32" else Number
+    if tensor.shape == (-1,):
+        return one | Annotated[list[one], Field(min_length=1, max_length=MOST_SAMPLES)]
     if tensor.shape == (1,):
         return one
     return Annotated[list[one], Field(min_length=tensor.shape[0], max_length=tensor.shape[0])]

@@ -18,7 +18,7 @@ from .refusal import Refusal
 
 LOST = 4
 """How many servers a request may lose after they began to answer: one that ends them must not be sent for ever."""
-_OWN = re.compile(r"\[(request|sample|condition)\] ")
+_OWN = re.compile(r"\[(request|sample|condition|negative|inpaint|repaint)\] ")
 _STOPS = "[gateway] the server stops; ask again"
 
 
