@@ -1,7 +1,7 @@
 // The page of volcast's gateway: a request, its progress, its volume.
 
 import * as api from "./api.js";
-import { $, make } from "./dom.js";
+import { $, make, short } from "./dom.js";
 import * as records from "./records.js";
 import * as request from "./request.js";
 import * as trouble from "./trouble.js";
@@ -73,24 +73,30 @@ async function generate() {
 async function follow(body, began) {
   const name = model().name;
   const { signal } = run;
+  const volumes = [body.guidance].flat().length; // a sweep has one a weight
+  const taken = {};
   for await (const { event, data } of api.generate(name, body, signal)) {
     if (event === "progress") {
-      $("bar").value = data.step / data.steps;
-      tell(data.step < data.steps ? `Step ${data.step} of ${data.steps}` : "Decoding", false);
+      taken[data.sample] = data.step;
+      const steps = Object.values(taken).reduce((sum, step) => sum + step, 0);
+      const all = volumes * data.steps;
+      $("bar").value = steps / all;
+      tell(steps < all ? `Step ${steps} of ${all}` : "Decoding", false);
     } else if (event === "preview") {
       await preview(data, signal);
     } else if (event === "volume") {
       tell("Fetching the volume", false);
-      const record = { model: name, body, seed: String(data.seed), shape: data.shape, affine: data.affine };
+      const asked = data.guidance === undefined ? body : { ...body, guidance: data.guidance };
+      const record = { model: name, body: asked, seed: String(data.seed), shape: data.shape, affine: data.affine };
       record.blob = await api.volume(data.url, signal);
       record.seconds = (performance.now() - began) / 1000;
       records.add(record, again);
-      addFrame("final", record.blob);
+      addFrame("final", record.blob, data.guidance);
       present(record);
-      $("bar").value = 1;
-      tell(`Done in ${record.seconds.toFixed(1)} s`);
     }
   }
+  $("bar").value = 1;
+  tell(`Done in ${((performance.now() - began) / 1000).toFixed(1)} s`);
 }
 
 async function preview({ url, step, steps }, signal) {
@@ -103,12 +109,12 @@ async function preview({ url, step, steps }, signal) {
   }
 }
 
-/** Show a frame, and a choice by which to come back to it. */
-function addFrame(label, blob) {
+/** Show a frame, and a choice by which to come back to it; `weight`: of guidance, in a sweep. */
+function addFrame(label, blob, weight) {
   const input = make("input", { type: "radio", name: "frame", value: label, checked: true });
   const shown = label === "final" ? "Generated volume" : `Preview after step ${label}`;
   input.addEventListener("change", () => draw(blob, shown));
-  $("frames").append(make("label", {}, input, make("span", {}, label)));
+  $("frames").append(make("label", {}, input, make("span", {}, weight === undefined ? label : `w ${short(weight)}`)));
   $("frames").hidden = false;
   draw(blob, shown);
 }

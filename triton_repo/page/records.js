@@ -9,7 +9,8 @@ const MOST = 12;
 /** Add a volume to the list. `record`: `{model, body, seed, blob}`; `again(record, what)`: "show" or "repeat". */
 export function add(record, again) {
   record.href = URL.createObjectURL(record.blob);
-  record.name = `${record.model}_seed-${record.seed}_steps-${record.body.steps}.nii.gz`;
+  const weight = record.body.guidance === undefined ? "" : `_guidance-${record.body.guidance}`;
+  record.name = `${record.model}_seed-${record.seed}_steps-${record.body.steps}${weight}.nii.gz`;
   const seed = `seed ${record.seed}`;
   const button = (text, what) => {
     const made = make("button", { type: "button", "aria-label": `${text}: ${seed}` }, text);

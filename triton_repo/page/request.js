@@ -7,6 +7,9 @@ const MOST_SEED = 2n ** 64n - 1n;
 const STRENGTH = 0.5;
 /** Unless another is given: the server's own, 1, would leave nothing of an image. */
 
+const PARTS = { condition: "conditions", negative: "negative" };
+/** What of the body is conditions, and where in the form they are. */
+
 /** Fill the form for `model`, an entry of `GET /v1/models`. */
 export function show(model) {
   const { shape, spacing_mm: spacing } = model.volume;
@@ -19,8 +22,8 @@ export function show(model) {
   $("scheduler").value = model.default.scheduler;
   $("guidance-field").hidden = !model.guidance;
   $("guidance").value = "";
-  limit($("guidance"), model.limits.guidance);
   $("conditions").replaceChildren(...model.conditions.map((one) => condition(one, model.limits)));
+  $("negative").replaceChildren(...(model.guidance ? model.conditions.map((one) => condition(one, model.limits, "negative")) : []));
   $("start").replaceChildren(...(model.image ? [start(model)] : []));
   $("size").disabled = false;
   const axes = model.default.size.map((size, axis) => {
@@ -38,6 +41,10 @@ export function read(model) {
   const seed = $("seed").value.trim();
   const right = seed === "" || (/^\d+$/.test(seed) && BigInt(seed) <= MOST_SEED);
   $("seed").setCustomValidity(right ? "" : `A whole number from 0 to ${MOST_SEED}, or nothing`);
+  const weights = $("guidance").value.trim() ? $("guidance").value.split(",").map((text) => (text.trim() ? Number(text) : NaN)) : [];
+  const [low, high] = model.limits.guidance;
+  const weighed = weights.every((weight) => weight >= low && weight <= high);
+  $("guidance").setCustomValidity(weighed ? "" : `A number from ${low} to ${high}, several with commas between, or nothing`);
   const wrong = form.querySelector("input:invalid, textarea:invalid");
   if (wrong?.closest("details")) wrong.closest("details").open = true;
   if (!form.reportValidity()) return null;
@@ -45,17 +52,19 @@ export function read(model) {
   const steps = Number($("steps").value);
   const body = { steps, scheduler: $("scheduler").value, progress_every: 1 };
   if (seed) body.seed = seed;
-  if (model.guidance && $("guidance").value) body.guidance = Number($("guidance").value);
+  if (model.guidance && weights.length) body.guidance = weights.length > 1 ? weights : weights[0];
   const previews = Number($("previews").value);
-  if (previews) body.preview_every = Math.max(1, Math.ceil(steps / (previews + 1)));
+  if (previews && weights.length < 2) body.preview_every = Math.max(1, Math.ceil(steps / (previews + 1)));
   const image = $("image")?.files[0];
   if (image) Object.assign(body, { image, strength: Number($("field-strength").value) || STRENGTH });
+  const mask = $("inpaint")?.files[0];
+  if (mask) body.inpaint = { mask };
   const sizes = model.default.size.map((size, axis) => Number($(`size-${axis}`).value) || size);
   if (!image && sizes.some((size, axis) => size !== model.default.size[axis])) body.size = sizes;
-  const given = [...$("conditions").querySelectorAll("[data-condition]")].filter((input) => input.value.trim());
   const value = (input) => (input.type === "file" ? input.files[0] : JSON.parse(input.value));
-  if (given.length) {
-    body.condition = Object.fromEntries(given.map((input) => [input.dataset.condition, value(input)]));
+  for (const part of Object.keys(PARTS)) {
+    const given = inputs(part).filter((input) => input.value.trim());
+    if (given.length) body[part] = Object.fromEntries(given.map((input) => [input.dataset[part], value(input)]));
   }
   return body;
 }
@@ -64,20 +73,24 @@ export function read(model) {
 export function repeat(body, seed) {
   $("steps").value = body.steps;
   $("scheduler").value = body.scheduler;
-  $("guidance").value = body.guidance ?? "";
+  $("guidance").value = [body.guidance ?? ""].flat().join(", ");
   $("seed").value = seed;
   for (const input of $("size").querySelectorAll("input")) input.value = "";
   (body.size ?? []).forEach((size, axis) => ($(`size-${axis}`).value = size));
-  for (const input of $("conditions").querySelectorAll("[data-condition]")) {
-    const value = body.condition?.[input.dataset.condition];
-    if (input.type === "file") put(input, value);
-    else {
-      input.value = value === undefined ? "" : JSON.stringify(value);
-      input.dispatchEvent(new Event("input"));
+  for (const part of Object.keys(PARTS)) {
+    for (const input of inputs(part)) {
+      const value = body[part]?.[input.dataset[part]];
+      if (input.type === "file") put(input, value);
+      else {
+        input.value = value === undefined ? "" : JSON.stringify(value);
+        input.dispatchEvent(new Event("input"));
+      }
     }
   }
+  $("negative-field").open = body.negative !== undefined;
   if ($("image")) {
     put($("image"), body.image);
+    put($("inpaint"), body.inpaint?.mask);
     $("field-strength").value = body.strength ?? "";
     $("field-strength").dispatchEvent(new Event("input"));
   }
@@ -86,19 +99,29 @@ export function repeat(body, seed) {
 /** "25 steps, ddim, anterior 0.2": what was asked, in words. */
 export function describe(body) {
   const words = [`${body.steps} steps`, body.scheduler];
-  if (body.guidance !== undefined) words.push(`guidance ${short(body.guidance)}`);
+  if (body.guidance !== undefined) words.push(`guidance ${[body.guidance].flat().map(short).join(", ")}`);
   if (body.image) words.push(`from ${body.image.name} with strength ${short(body.strength)}`);
-  for (const [name, value] of Object.entries(body.condition ?? {})) {
-    words.push(`${plain(name)} ${typeof value === "number" ? short(value) : (value.name ?? "given")}`);
+  if (body.inpaint) words.push(`painted anew by ${body.inpaint.mask.name}`);
+  for (const part of Object.keys(PARTS)) {
+    for (const [name, value] of Object.entries(body[part] ?? {})) {
+      words.push(`${called(name, part)} ${typeof value === "number" ? short(value) : (value.name ?? "given")}`);
+    }
   }
   if (body.size) words.push(`latent ${body.size.join(" × ")}`);
   return words.join(", ");
 }
 
-function condition(one, limits) {
-  const title = one.description || plain(one.name);
-  const group = make("fieldset", {}, make("legend", {}, title));
-  group.append(...(one.fields.length ? one.fields.map(number) : [one.file ? file(one, limits) : whole(one)]));
+const inputs = (part) => [...$(PARTS[part]).querySelectorAll(`[data-${part}]`)];
+
+/** The name of a condition, or field, of a part. */
+const called = (name, part) => (part === "negative" ? `negative ${plain(name)}` : plain(name));
+
+/** One condition's group; a negative one is never required. */
+function condition(given, limits, part = "condition") {
+  const one = { ...given, required: given.required && part === "condition" };
+  const group = make("fieldset", {}, make("legend", {}, one.description || plain(one.name)));
+  const whole = one.file ? file : numbers;
+  group.append(...(one.fields.length ? one.fields.map((field) => number(field, part)) : [whole(one, part, limits)]));
   return group;
 }
 
@@ -107,34 +130,41 @@ function start({ limits, volume }) {
   const description = "how far it is noised; 1 leaves nothing of it";
   const strength = number({ name: "strength", low: 0.01, high: 1, step: 0.01, default: STRENGTH, description });
   const hint = `NIfTI, of ${volume.shape.join(" × ")} voxels or another size that the model takes; the volume lies where it does`;
+  const kept = "NIfTI on the image's grid, not 0 where to paint anew; the rest stays. With ddim, ddpm and rflow";
+  const mask = picker({ id: "inpaint", label: "Paint anew", hint: kept, most: limits.file_bytes }, (chosen) => {
+    if (!chosen || $("field-strength").value) return;
+    $("field-strength").value = 1; // from pure noise, unless something else is asked for
+    $("field-strength").dispatchEvent(new Event("input"));
+  });
   const image = picker({ id: "image", label: "Image", hint, most: limits.file_bytes }, (chosen) => {
-    strength.hidden = !chosen;
+    strength.hidden = mask.hidden = !chosen;
+    if (!chosen) put($("inpaint"), undefined);
     $("size").disabled = Boolean(chosen); // it follows from the image
   });
-  strength.hidden = true;
-  return make("fieldset", {}, make("legend", {}, "Start from an image"), image, strength);
+  strength.hidden = mask.hidden = true;
+  return make("fieldset", {}, make("legend", {}, "Start from an image"), image, mask, strength);
 }
 
 /** A condition that is a volume: a label map, or an image. */
-function file(one, limits) {
+function file(one, part, limits) {
   const labels = one.labels.map((label, value) => `${value} ${label}`).join(", ");
   const hint = `NIfTI on the model's grid${labels && `: ${labels}`}`;
-  const properties = { id: `condition-${one.name}`, label: plain(one.name), required: one.required, "data-condition": one.name };
+  const properties = { id: `${part}-${one.name}`, label: called(one.name, part), required: one.required, [`data-${part}`]: one.name };
   return picker({ ...properties, hint, most: limits.file_bytes });
 }
 
-function number(field) {
-  const id = `field-${field.name}`;
+function number(field, part = "condition") {
+  const id = `${part === "negative" ? "negative-" : ""}field-${field.name}`;
   const hint = make("p", { id: `${id}-hint`, className: "hint" });
   hint.textContent = [`${short(field.low)} to ${short(field.high)}`, field.description].filter(Boolean).join("; ");
   const fixed = typeof field.default === "number";
   const input = make("input", {
     id, type: "number", step: "any", min: field.low, max: field.high,
-    placeholder: fixed ? short(field.default) : "default", "aria-describedby": hint.id, "data-condition": field.name,
+    placeholder: fixed ? short(field.default) : "default", "aria-describedby": hint.id, [`data-${part}`]: field.name,
   });
   const slider = make("input", {
     type: "range", min: field.low, max: field.high, step: field.step ?? (field.high - field.low) / 100,
-    "aria-label": `${plain(field.name)}, slider`,
+    "aria-label": `${called(field.name, part)}, slider`,
   });
   const middle = fixed ? field.default : (field.low + field.high) / 2;
   const follow = () => {
@@ -148,15 +178,15 @@ function number(field) {
     follow();
   });
   follow();
-  const label = make("label", { for: id }, plain(field.name));
+  const label = make("label", { for: id }, called(field.name, part));
   return make("div", { className: "field ranged" }, label, slider, input, hint);
 }
 
 /** A condition without fields takes its whole array. */
-function whole(one) {
-  const id = `condition-${one.name}`;
+function numbers(one, part) {
+  const id = `${part}-${one.name}`;
   const hint = make("p", { id: `${id}-hint`, className: "hint" }, `A number or nested lists, shape ${one.shape.join(" × ") || "of one number"}`);
-  const input = make("textarea", { id, rows: 2, spellcheck: false, required: one.required, "aria-describedby": hint.id, "data-condition": one.name });
+  const input = make("textarea", { id, rows: 2, spellcheck: false, required: one.required, "aria-describedby": hint.id, [`data-${part}`]: one.name });
   input.addEventListener("input", () => {
     let right = true;
     try {
@@ -166,7 +196,7 @@ function whole(one) {
     }
     input.setCustomValidity(right ? "" : "A number, or lists of numbers in brackets: [[0.1, 0.2]]");
   });
-  return make("div", { className: "field" }, make("label", { for: id }, plain(one.name)), input, hint);
+  return make("div", { className: "field" }, make("label", { for: id }, called(one.name, part)), input, hint);
 }
 
 function limit(input, [low, high]) {
