@@ -37,6 +37,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def export(
+    context: typer.Context,
     bundle: BundlePath,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the artifact.")],
     config: Config = None,
@@ -55,12 +56,14 @@ def export(
     smallest, largest = _batch(batch)
     if output.exists() and not force:
         raise ValueError(f"[export] {output} exists: remove it, choose another name, or pass --force")
+    from volcast.runtime.options import leave_out
+
     from .generator_bundle import has_generator
 
     if has_generator(bundle, config):
-        given = {"--controlnet": controlnets, "--reuse": reuse}
+        leave_out(context, "the config's network makes an image in one pass", ("controlnets", "reuse"))
         _export_generator(
-            bundle, output, config, weights, settings, precision, (smallest, largest), force, as_json, given
+            bundle, output, config, weights, settings, precision, (smallest, largest), force, as_json
         )
         return
     from .artifact import export_bundle
@@ -68,12 +71,8 @@ def export(
     from .transformer_bundle import has_transformer
 
     tokens = has_transformer(bundle, config)
-    if tokens and controlnets:
-        raise ValueError(
-            "[export] --controlnet: the config is a transformer's, which none steers; leave it out"
-        )
-    if tokens and reuse:
-        raise ValueError("[export] --reuse: the config is a transformer's, which has no steps; leave it out")
+    if tokens:
+        leave_out(context, "the config is a transformer's, which samples tokens", ("controlnets", "reuse"))
     read: Any = (
         _read_tokens(bundle, config, weights, settings)
         if tokens
@@ -106,11 +105,10 @@ def export(
 
 def _export_generator(
     bundle: Path, output: Path, config: Path | None, weights: list[str], settings: list[str], precision: Precision,
-    batch: tuple[int, int], force: bool, as_json: bool, other: dict[str, Any],
+    batch: tuple[int, int], force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     from .generator_artifact import STAGES, export_generator
 
-    _leave_out("export", "the config's network makes an image in one pass", other)
     read = _read_generator(bundle, config, weights, settings)
     with tqdm(total=len(STAGES), desc="export", unit="stage", file=sys.stderr, disable=None) as bar:
 
@@ -125,14 +123,8 @@ def _export_generator(
     print(spec.model_dump_json() if as_json else f"{output}: {spec.name}, {precision.value} weights, {nodes}")
 
 
-def _leave_out(operation: str, why: str, given: dict[str, Any]) -> None:
-    """ValueError: options, by name, that this kind of model has no use for."""
-    named = [name for name, value in given.items() if value not in (None, [], False)]
-    if named:
-        raise ValueError(f"[{operation}] {', '.join(named)}: {why}; leave it out")
-
-
 def verify(
+    context: typer.Context,
     artifact: Annotated[
         Path | None, typer.Argument(help="Folder of an artifact; left out: the bundled hippocampus model.")
     ] = None,
@@ -186,18 +178,16 @@ def verify(
     from volcast.runtime.condition_text import parse_conditions
     from volcast.runtime.default_artifact import BUNDLE, default_artifact
     from volcast.runtime.generator_spec import GeneratorSpec
+    from volcast.runtime.options import leave_out
     from volcast.runtime.token_spec import TokenSpec
 
     folder = default_artifact() if artifact is None else artifact
     spec = read_manifest(folder)
     given = parse_conditions(spec, condition)
+    of_gates = ("scheduler", "reuse", "reference_steps", "reference_scheduler", "real")
+    of_steps = ("steps", "guidance", "negative", "controlnets", "against", "samples", *of_gates)
     if isinstance(spec, GeneratorSpec):
-        unused = {"--against": against, "--steps": steps, "--guidance": guidance, "--controlnet": controlnets}
-        _leave_out(
-            "verify",
-            f"{spec.name} makes an image in one pass",
-            unused | {"--samples": samples, "--real": real, "--negative": negative, "--scheduler": scheduler},
-        )
+        leave_out(context, f"{spec.name} makes an image in one pass", of_steps)
         if bundle is None:
             raise ValueError(f"[verify] BUNDLE: give the bundle that {spec.name} was exported from")
         from .generator_verify import verify_generator
@@ -206,30 +196,18 @@ def verify(
         _finish(verify_generator(folder, network, engine=engine, seed=seed, condition=given), as_json)
         return
     if isinstance(spec, TokenSpec):
-        if any(one is not None for one in (against, steps, guidance, samples, real)) or controlnets:
-            raise ValueError(
-                f"[verify] {spec.name} samples tokens: leave --against, --samples, --real, --steps, --guidance and "
-                "--controlnet out"
-            )
+        leave_out(context, f"{spec.name} samples tokens", of_steps)
         from .transformer_verify import verify_tokens
 
         tokens = _read_tokens(BUNDLE if bundle is None else bundle, config, weights, settings)
         _finish(verify_tokens(folder, tokens, engine=engine, seed=seed, condition=given), as_json)
         return
     gate = against is not None or samples is not None
-    if gate and (bundle is not None or config is not None or weights or settings or controlnets):
-        raise ValueError(
-            "[verify] --against and --samples compare artifacts: leave the bundle, --config, --weights, --set and "
-            "--controlnet out"
-        )
-    fast: dict[str, Any] = {
-        "--scheduler": scheduler, "--reuse": None if reuse == 1 else reuse, "--reference-steps": reference_steps,
-        "--reference-scheduler": reference_scheduler, "--real": real,
-    }  # fmt: skip
-    if gate and negative:
-        raise ValueError("[verify] --negative: with MONAI alone; leave it out with --against and --samples")
-    if not gate:
-        _leave_out("verify", "with MONAI one volume is compared, without --samples", fast)
+    if gate:
+        of_monai = ("bundle", "config", "weights", "settings", "controlnets", "negative")
+        leave_out(context, "for MONAI, not with --against or --samples, which compare artifacts", of_monai)
+    else:
+        leave_out(context, "with MONAI one volume is compared, without --samples", of_gates)
     with tqdm(desc="verify", unit="call", file=sys.stderr, disable=None, leave=False) as bar:
 
         def on_step(done: int, total: int) -> None:

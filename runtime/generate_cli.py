@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 def generate(
+    context: typer.Context,
     artifact: Artifact = None,
     num: Annotated[
         int | None, typer.Option("--num", "-n", help="Volumes that the dataset is to hold.")
@@ -70,7 +71,10 @@ def generate(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")] = False,
 ) -> None:
     """Write a dataset of volumes. Stopped or killed at any moment, the same command goes on where it was."""
+    from .options import leave_out
+
     if check is not None:
+        leave_out(context, "--check makes no volumes", context.params.keys() - {"check", "as_json", "quiet"})
         _check(check, as_json, quiet)
         return
     if num is None or out is None:

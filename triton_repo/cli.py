@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 def serve(
+    context: typer.Context,
     artifact: Annotated[
         Path | None,
         typer.Argument(help="Folder written by `volcast export`; left out: the bundled hippocampus model."),
@@ -63,6 +64,7 @@ def serve(
     from volcast.runtime.atomic import sha256
     from volcast.runtime.default_artifact import NAME, default_artifact
     from volcast.runtime.engine_auto import check_engine, resolve_engine
+    from volcast.runtime.options import leave_out
     from volcast.runtime.probe import probe_tensors
 
     from .gateway.application import LOOPBACK, Application
@@ -74,6 +76,9 @@ def serve(
     from .installation import find_installation
     from .supervisor import Ports, Supervisor
 
+    if server is not None:
+        own = ("http_port", "grpc_port", "engine", "threads", "active", "queue", "tritonserver")
+        leave_out(context, "of a Triton that is started here, not with --server", own)
     listening = Listening(host=host, port=port, certificate=tls_cert, private_key=tls_key, insecure=insecure)
     known = read_keys(keys)
     check_exposure(listening, known)
