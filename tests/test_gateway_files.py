@@ -16,6 +16,7 @@ import pytest
 from gateways import EVENTS, GENERATE, LIMITS, events, gateway, until
 from served import Served
 
+from volcast import Inpaint
 from volcast.runtime.artifact import read_artifact
 from volcast.runtime.pipeline import Model, load
 from volcast.runtime.spec import ConditionField, ConditionSpec, LowResSpec
@@ -93,15 +94,21 @@ def test_a_volume_begins_with_the_image_and_lies_where_it_does(
 
 
 def test_events_tell_where_the_volumes_lie(client: httpx.Client, model: Model, tmp_path: Path) -> None:
+    hidden = Volume((np.indices((8, 12, 8))[0] < 4).astype(np.float32), AFFINE, (1.0, 1.5, 2.0))
     body = {"seed": 4, "steps": 6, "num_samples": 2, "preview_every": 2, "image": text(image()), "strength": 0.9,
+            "guidance": [1, 2.1], "negative": {"anterior": 0.3}, "inpaint": {"mask": text(hidden), "resamples": 2},
             "condition": {"mask": text(label_map())}}  # fmt: skip
     with client.stream("POST", GENERATE, json=body, headers=EVENTS) as answer:
         told = list(events(answer))
     assert told[-1] == ("end", {})
-    expected = list(
-        model.sample_many(2, 4, steps=6, image=image(), strength=0.9, condition={"mask": label_map()})
-    )
     volumes = {value["sample"]: value for name, value in told if name == "volume"}
+    expected = list(
+        model.sample_many(
+            2, 4, steps=6, image=image(), strength=0.9, condition={"mask": label_map()}, guidance=[1, 2.1],
+            negative={"anterior": 0.3}, inpaint=Inpaint(hidden, resamples=2),
+        )
+    )  # fmt: skip
+    assert [value["guidance"] for _, value in sorted(volumes.items())] == [1, 2.1, 1, 2.1]
     for sample, alone in enumerate(expected):
         np.testing.assert_array_equal(volumes[sample]["affine"], AFFINE)
         assert volumes[sample]["shape"] == [8, 12, 8] and len(volumes[sample]["seconds"]) == 2

@@ -20,6 +20,7 @@ import pytest
 from broken import without_numbers
 from served import Served, start
 
+from volcast import Inpaint, Volume
 from volcast.runtime.client import Client, Unavailable
 from volcast.runtime.pipeline import Model, load
 from volcast.runtime.volume import read_nifti
@@ -63,6 +64,36 @@ def test_an_image_and_a_whole_condition_cross(served: Served, model: Model) -> N
     }
     with served.client() as client:
         np.testing.assert_array_equal(client.sample(2, **asked).array, model.sample(2, **asked).array)
+
+
+def test_a_sweep_a_negative_condition_and_a_mask_cross(served: Served, model: Model) -> None:
+    image = model.sample(1)
+    mask = Volume((np.arange(8) < 4).astype(np.float32)[:, None, None] * np.ones((8, 12, 8), np.float32), image.affine, image.spacing_mm)  # fmt: skip
+    asked: dict[str, Any] = {
+        "steps": 6, "scheduler": "ddpm", "guidance": (weight for weight in (1, 2.1)), "image": image,
+        "condition": {"anterior": 0.9}, "negative": {"anterior": 0.3, "ratio": 0.1},
+        "inpaint": Inpaint(mask, resamples=2, jump_length=2, paste=False),
+    }  # fmt: skip
+    with served.client(shared_memory=True) as client:
+        found = client.sample_many(2, 2, **asked)
+        asked["guidance"] = [1, 2.1]
+        for volume, alone in zip(found, model.sample_many(2, 2, **asked), strict=True):
+            np.testing.assert_array_equal(volume.array, alone.array)
+            np.testing.assert_array_equal(volume.affine, image.affine)
+        elsewhere = Volume(mask.array, mask.affine + 1, mask.spacing_mm)
+        for more, message in [
+            ({"inpaint": Inpaint(elsewhere)}, "the mask lies elsewhere than the image"),
+            ({"inpaint": Inpaint(mask.array[1:])}, r"the mask is float32 \(7, 12, 8\)"),
+            ({"inpaint": Inpaint(mask, resamples=2.5)}, "inpaint_resamples=2.5: need INT32"),  # type: ignore[arg-type]
+            ({"image": None}, "inpaint without an image"),
+            ({"guidance": [1] * 33}, "2 samples at 33 weights are 66 volumes"),
+            ({"guidance": None}, "negative without guidance"),
+            ({"scheduler": "pndm"}, "pndm remembers"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                client.sample_many(2, 2, **{**asked, **more})
+        with pytest.raises(ValueError, match="several weights make several volumes; call sample_many"):
+            client.sample(2, **asked)
 
 
 def test_requests_of_different_steps_run_together(served: Served, model: Model) -> None:
@@ -148,13 +179,28 @@ def test_curl_gets_a_file(served: Served, model: Model, tmp_path: Path) -> None:
 
 
 def test_the_command_line_writes_what_sample_gives(served: Served, model: Model, tmp_path: Path) -> None:
+    image, hidden = model.sample(1), tmp_path / "hidden.nii"
+    image.save(tmp_path / "scan.nii.gz")
+    mask = Volume(
+        (image.array > np.median(image.array, axis=0)).astype(np.float32), image.affine, image.spacing_mm
+    )
+    mask.array[4:] = 0
+    mask.save(hidden)
     command = [sys.executable, "-m", "volcast", "request", "--server", f"127.0.0.1:{served.grpc}", "--seed", "4", "-n", "2",
-               "--steps", "5", "-c", "context=0.1,0.2,0.3", "-o", str(tmp_path / "out.nii.gz")]  # fmt: skip
+               "--steps", "5", "-c", "context=0.1,0.2,0.3", "-o", str(tmp_path / "out.nii.gz"), "--guidance", "2,3.1",
+               "--negative", "anterior=0.3", "--image", str(tmp_path / "scan.nii.gz"), "--inpaint", str(hidden),
+               "--resamples", "2", "--no-paste"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    expected = model.sample_many(2, 4, steps=5, condition={"context": [[0.1, 0.2, 0.3]]})
+    expected = list(
+        model.sample_many(
+            2, 4, steps=5, condition={"context": [[0.1, 0.2, 0.3]]}, guidance=[2, 3.1], negative={"anterior": 0.3},
+            image=image, inpaint=Inpaint(mask, resamples=2, paste=False),
+        )
+    )  # fmt: skip
     for number, volume in enumerate(expected):
-        np.testing.assert_array_equal(read_nifti(tmp_path / f"out_{number}.nii.gz").array, volume.array)
+        file = f"out_{number // 2}_guidance{(2, 3.1)[number % 2]}.nii.gz"
+        np.testing.assert_array_equal(read_nifti(tmp_path / file).array, volume.array)
 
 
 def test_too_much_is_refused_with_a_hint(gaussian: Path) -> None:
