@@ -35,14 +35,13 @@ def anomaly(
     label: Annotated[
         int | None, typer.Option(help="Of the way back: class that the artifact's classifier pulls to.")
     ] = None,
-    scale: Annotated[float, typer.Option(help="With --label: how hard.")] = 6.0,
+    scale: Annotated[float | None, typer.Option(help="With --label: how hard; left out: 6.")] = None,
     engine: Annotated[EngineName, typer.Option(help="What runs the networks: a CPU engine.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Left out: one a physical core.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
 ) -> None:
     """Map what is unlike health in an image: to noise by DDIM backwards, back under guidance, |x - x_hat|."""
     from .artifact import read_artifact
-    from .classifier import Classifier
     from .cli import progress
     from .condition_text import parse_conditions
     from .pipeline import load
@@ -61,7 +60,7 @@ def anomaly(
     with progress(shown=sys.stderr.isatty() or not as_json) as on_step:
         found = model.anomaly(
             volume, on_step, condition=healthy, observed=shown, steps=steps, strength=strength, guidance=guidance,
-            classifier=None if label is None else Classifier(label=label, scale=scale),
+            label=label, scale=scale,
         )  # fmt: skip
     for path, one in zip(outputs, (found.map, found.reconstruction), strict=False):
         one.save(path, f"volcast {model.spec.name} anomaly")

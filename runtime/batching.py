@@ -25,7 +25,7 @@ from .job import Job
 from .lanes import COUNTS, LaneReport, open_lanes
 from .programs import Programs
 from .request import OnStep
-from .sampling import Images, first_latent, prepared, schedule_rows
+from .sampling import Images, first_latent, prepared_branches, schedule_rows
 from .spec import ArtifactSpec
 from .volume import Volume, centred_affine
 
@@ -166,10 +166,10 @@ class Batching:
         with self._submitting:
             if self._room is not None:
                 self._room.admit(job)
-            rows = schedule_rows(self._host, job)
-            conditional = prepared(self._spec, self._host, job.conditions(part))
-            negative = job.negative(part)
-            unconditional = {} if negative is None else prepared(self._spec, self._host, negative)
+            rows = schedule_rows(self._spec, self._host, job)
+            branches = prepared_branches(self._spec, self._host, job, part)
+            conditional = branches[_core.Branch.CONDITIONAL]
+            unconditional = branches.get(_core.Branch.UNCONDITIONAL, {})
             group = self._group(job.shape, rows.shape[1], conditional)
             _, _, x = first_latent(job, part, x0)
             known = job.known
@@ -245,7 +245,7 @@ class Batching:
             sampling.set_exception(
                 Expired(
                     f"[sample] after {event.step} of {event.steps} steps: its deadline cannot be met any more; "
-                    "give it more time, or fewer steps"
+                    "give it more seconds (deadline_s, --timeout), or ask for fewer steps"
                 )
             )
         else:

@@ -1,12 +1,12 @@
 """Gradient guidance: eps' = eps - s sqrt(1 - alpha_bar) grad log p(y | x_t) (arXiv:2105.05233 algorithm 2).
 
-The gradient is a program of its own, `gradient`, which `export/gradient.py` writes: no torch here.
+The gradient is a program of its own, `gradient`, which `export/gradient.py` writes: no torch here. A guided network is the
+step program with two numbers more in its rows, the timestep and the factor of the gradient, and one input more, the class.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import final
 
 import numpy as np
@@ -14,81 +14,83 @@ from numpy.typing import NDArray
 
 from volcast import _core
 
-from .denoiser import Denoiser
+from .engine import Arrays, Engine, Program
 from .programs import Programs
-from .sizes import whole
+from .request import Request
 from .spec import ArtifactSpec
 
 Array = NDArray[np.generic]
+LABEL = "classifier.label"
+"""Among the step program's inputs: int64 `[N]`, the class. No condition has a dot in its name."""
 
 
 @final
-@dataclass(frozen=True, kw_only=True)
-class Classifier:
-    """What the classifier's gradient pulls to: class `label` from 0, `scale` s times; 6 is usual (arXiv:2203.04306)."""
+class GuidedStep(Program):
+    """The step program whose output is moved along the gradient, at fixed shapes.
 
-    label: int
-    scale: float = 6.0
-
-    def check(self, spec: ArtifactSpec) -> None:
-        """ValueError: the artifact has no classifier, or not this class; a scale out of range."""
-        if "gradient" not in spec.programs:
-            raise ValueError(
-                f"[classifier] {spec.name} has no classifier; add one with volcast.export.gradient.add_classifier"
-            )
-        classes = int(spec.programs["gradient"].outputs[1].shape[1])
-        label = whole(self.label)
-        if type(label) is not int or not 0 <= label < classes:
-            raise ValueError(f"[classifier] label={self.label!r}: need 0..{classes - 1}")
-        if not math.isfinite(self.scale) or not 0 <= self.scale <= 1e6:
-            raise ValueError(f"[classifier] scale={self.scale}: need 0..1e6")
-        if spec.scheduler.prediction_type == "flow":
-            raise ValueError(
-                f"[classifier] {spec.name} predicts a flow, which has no alpha_bar; leave the classifier out"
-            )
-
-
-@final
-class GuidedDenoiser:
-    """A network whose epsilon is moved along the gradient of a classifier, in the form that the loop calls.
-
-    With classifier-free guidance both branches are moved alike, so that u + w (c - u) is too.
+    With classifier-free guidance both branches are moved alike, so that u + w (c - u) is too; the gradient is computed once
+    for both where they follow each other.
     """
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        classifier: Classifier,
-        spec: ArtifactSpec,
-        programs: Programs,
-        plan: _core.Plan,
-    ) -> None:
-        classifier.check(spec)
-        self._denoiser, self._programs, self._label = denoiser, programs, classifier.label
-        signal, sigma = plan.rows["signal"], plan.rows["sigma"]
-        # d out / d eps at a given x_t: x0 = (x - sigma eps) / signal and v = signal eps - sigma x0.
-        slope = {"epsilon": np.ones_like(sigma), "sample": -sigma / signal, "v_prediction": 1 / signal}
-        self._factors = -classifier.scale * sigma * slope[spec.scheduler.prediction_type]
-        self._timesteps = plan.timesteps
-        self._step = -1
-        self._move = np.zeros(0, np.float32)
+    def __init__(self, programs: Programs, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """`shapes`: of `__call__`'s inputs."""
+        count, width = shapes["row"]
+        own = {name: shape for name, shape in shapes.items() if name != LABEL}
+        self._step = programs.open("step", {**own, "row": (count, width - 2)})
+        given = {"x": shapes["x"], "timesteps": (count,), "label": (count,)}
+        self._gradient = programs.open("gradient", given)
+        self._asked: tuple[Array, ...] = ()
+        self._found = np.zeros(0, np.float32)
 
-    def __call__(self, step: int, x: NDArray[np.float32], branch: _core.Branch) -> Array:
-        """The network's output for x `[N, C, D, H, W]` at row `step` of the plan, moved."""
-        out = np.asarray(self._denoiser(step, x, branch), np.float32)
-        if step != self._step:  # x is the same for both branches
-            gradient, _ = class_gradient(self._programs, x, self._timesteps[step], self._label)
-            self._step, self._move = step, np.float32(self._factors[step]) * gradient
-        return out + self._move
+    def __call__(self, inputs: Arrays) -> dict[str, Array]:
+        """Of `step`'s inputs, with `row` `[N, R + 2]` of `guided_rows` and the class, `out`."""
+        x, row = inputs["x"], np.asarray(inputs["row"], np.float32)
+        own = {name: value for name, value in inputs.items() if name != LABEL}
+        out = self._step({**own, "row": np.ascontiguousarray(row[:, :-2])})["out"]
+        asked = x, np.ascontiguousarray(row[:, -2]), inputs[LABEL]
+        if not self._asked or not all(map(np.array_equal, asked, self._asked)):
+            named = dict(zip(("x", "timesteps", "label"), asked, strict=True))
+            self._found = np.asarray(self._gradient(named)["gradient"], np.float32)
+            self._asked = tuple(value.copy() for value in asked)
+        factor = row[:, -1].reshape(-1, *[1] * (x.ndim - 1))
+        return {"out": np.asarray(out, np.float32) + factor * self._found}
 
 
-def class_gradient(
-    programs: Programs, x: NDArray[np.float32], timestep: float, label: int
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """grad log p(label | x_t) by x, like x `[N, C, D, H, W]`, and log p of every class `[N, classes]`."""
-    count = len(x)
-    given: dict[str, Array] = {
-        "x": x, "timesteps": np.full(count, timestep, np.float32), "label": np.full(count, label, np.int64),
-    }  # fmt: skip
-    found = programs.call("gradient", given)
-    return np.asarray(found["gradient"], np.float32), np.asarray(found["log_p"], np.float32)
+def open_step(programs: Programs, shapes: Mapping[str, tuple[int, ...]]) -> Program:
+    """`step` for inputs of these shapes, guided where the class is among them."""
+    return GuidedStep(programs, shapes) if LABEL in shapes else programs.open("step", shapes)
+
+
+def guided_rows(
+    spec: ArtifactSpec, request: Request, plan: _core.Plan, rows: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """`rows` `[steps, R]` of the plan, with a classifier `[steps, R + 2]`: the timestep and what its gradient is times."""
+    if request.label is None:
+        return rows
+    signal, sigma = plan.rows["signal"], plan.rows["sigma"]
+    # d out / d eps at a given x_t: x0 = (x - sigma eps) / signal and v = signal eps - sigma x0.
+    slope = {"epsilon": np.ones_like(sigma), "sample": -sigma / signal, "v_prediction": 1 / signal}
+    factors = -request.scale * sigma * slope[spec.scheduler.prediction_type]
+    return np.column_stack([rows, plan.timesteps, factors]).astype(np.float32)
+
+
+def with_label(request: Request, count: int, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """The step program's inputs of one branch for `count` samples, with the class where the request has one."""
+    return {**inputs} if request.label is None else {**inputs, LABEL: np.full(count, request.label)}
+
+
+def check_classifier(request: Request, engine: Engine, *, limited: bool) -> None:
+    """ValueError: a classifier is asked for where it does not run. `limited`: by a memory limit."""
+    if request.label is None:
+        return
+    asked = f"[classifier] label={request.label}"
+    if type(engine).sampler is not Engine.sampler:
+        raise ValueError(
+            f"{asked}: {engine.name} runs no gradient; load with engine='openvino' or 'onnxruntime'"
+        )
+    if limited:
+        raise ValueError(
+            f"{asked}: memory_limit: a classifier's memory is not foretold; load without, or leave it out"
+        )
+    if request.reuse != 1:
+        raise ValueError(f"{asked}: reuse={request.reuse} keeps features and no gradients; leave one out")

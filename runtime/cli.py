@@ -63,6 +63,11 @@ def sample(
         int, typer.Option(help="The whole network at every k-th step alone; needs `volcast export --reuse`.")
     ] = 1,
     guidance: Weights = None,
+    label: Annotated[
+        int | None,
+        typer.Option(help="Class, from 0, to which the artifact's classifier pulls (docs/anomaly.md)."),
+    ] = None,
+    scale: Annotated[float | None, typer.Option(help="With --label: how hard; left out: 6.")] = None,
     condition: Conditions = None,
     negative: Negative = None,
     mask: Annotated[
@@ -123,7 +128,7 @@ def sample(
     asked = Asked(
         settings={
             "steps": steps, "scheduler": scheduler, "spacing": spacing, "eta": eta, "guidance": weights,
-            "strength": strength, "compat": compat, "reuse": reuse,
+            "strength": strength, "compat": compat, "reuse": reuse, "label": label, "scale": scale,
         },
         choice={"temperature": temperature, "top_k": top_k, "top_p": top_p},
         condition=condition or (), negative=negative or (), mask=mask or (), size=parse_sizes("sample", size),
@@ -148,7 +153,6 @@ def sample(
 
 
 def info(
-    context: typer.Context,
     artifact: Artifact = None,
     memory: Annotated[bool, typer.Option("--memory", help="The memory of each program, foretold.")] = False,
     size: Annotated[str | None, typer.Option(help="With --memory: latent sizes, as 8,12,8.")] = None,
@@ -168,15 +172,10 @@ def info(
     from . import describe
     from .artifact import read_artifact, read_manifest
     from .default_artifact import default_artifact
-    from .options import leave_out
     from .pack import PACK, read_pack
 
-    of_memory = ("size", "batch", "engine", "memory_limit")
-    if not memory:
-        leave_out(context, "for --memory alone", of_memory)
     folder = artifact or default_artifact()
     if (folder / PACK).is_file():
-        leave_out(context, f"{folder} is a pack, whose artifact lies in {folder / 'artifact'}", ("memory", *of_memory))
         manifest = read_pack(folder)
         typer.echo(manifest.model_dump_json() if as_json else manifest.as_text())
         return

@@ -92,7 +92,7 @@ def likelihood_terms(
     job = make_job(spec, request, 1, 1, how.get("condition"), x0.shape[2:])
     if programs.memory is not None:
         programs.memory.check(job_sizes(spec, job, 1))
-    rows = schedule_rows(programs, job)
+    rows = schedule_rows(spec, programs, job)
     given = prepared(spec, programs, job.conditions(range(1)))
     shapes = {name: value.shape for name, value in given.items()}
     step = programs.open("step", {"x": x0.shape, "row": (1, *rows.shape[1:]), **shapes})

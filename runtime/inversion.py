@@ -8,8 +8,8 @@ ways: MONAI's notebook shows its network the number of the step instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypedDict, final
 
 import numpy as np
@@ -19,16 +19,15 @@ from volcast import _core
 
 from . import conditions
 from .autoencoder import decode, decoder_conditions, encode
-from .classifier import Classifier, GuidedDenoiser
-from .denoiser import Denoiser
+from .classifier import check_classifier
 from .engine import Engine
 from .frame import fitted
-from .job import make_job
+from .job import Job, make_job
 from .memory_limit import job_sizes
 from .programs import Programs
 from .request import OnStep, Request, Settings, make_request
 from .sampler import make_plan
-from .sampling import prepared
+from .sampling import HostLoop, Start, prepared_branches, schedule_rows
 from .sizes import latent_sizes
 from .spec import ArtifactSpec
 from .volume import Volume, centred_affine
@@ -43,18 +42,19 @@ class Inversion(TypedDict, total=False):
     """Keyword arguments of `Model.anomaly`.
 
     `condition`: of health, values by the name of a condition or field, for the way back. `observed`: the same on the way
-    to noise; None: the null context where the model has one, else `condition`. `classifier`: pulls the way back to a
-    class, for an artifact that has a classifier. `steps`, `spacing` and `guidance` (of the way back) as in
-    `Model.sample`; `strength`: what part of the steps, from the clean end, is gone; left out: 0.5.
+    to noise; None: the null context where the model has one, else `condition`. `steps`, `spacing` and, of the way back,
+    `guidance`, `label` and `scale` as in `Model.sample`; `strength`: what part of the steps, from the clean end, is gone;
+    left out: 0.5.
     """
 
     condition: Condition | None
     observed: Condition | None
-    classifier: Classifier | None
     steps: int | None
     spacing: Literal["leading", "linspace", "trailing"] | None
     strength: float
     guidance: float | None
+    label: int | None
+    scale: float | None
 
 
 @final
@@ -98,36 +98,34 @@ def find_anomaly(
     if spec.low_res is not None:
         raise ValueError(f"[anomaly] {spec.name} is an upscaler; give a model of whole images")
     pixels = image_array(spec, image, "anomaly")
-    condition, observed, classifier = how.get("condition"), how.get("observed"), how.get("classifier")
+    condition, observed = how.get("condition"), how.get("observed")
     settings: Settings = {
         "scheduler": "ddim", "steps": how.get("steps"), "spacing": how.get("spacing"),
-        "strength": how.get("strength", 0.5), "guidance": how.get("guidance"),
+        "strength": how.get("strength", 0.5), "guidance": how.get("guidance"), "label": how.get("label"),
+        "scale": how.get("scale"),
     }  # fmt: skip
     request = make_request(spec, 0, settings)
-    if classifier is not None:
-        classifier.check(spec)
-        if programs.memory is not None:
-            raise ValueError(
-                "[anomaly] memory_limit: a classifier's memory is not foretold; load without, or leave it out"
-            )
+    check_classifier(request, engine, limited=programs.memory is not None)
     x = encode(spec, programs, pixels).copy()  # of a model of images it is the image itself
     forth = make_job(spec, request, 1, 1, condition, x.shape[2:])
-    back = _inverse(spec, request, x.shape[2:])
     if programs.memory is not None:
         programs.memory.check(job_sizes(spec, forth, 1))
-    shown = _observed(spec, condition, observed, x.shape[2:])
+    plain = request.model_copy(update={"guidance": None, "label": None})
+    back = replace(
+        forth, request=plain, plan=_inverse(spec, plain, x.shape[2:]), unconditional=None,
+        conditional=[_observed(spec, condition, observed, x.shape[2:])],
+    )  # fmt: skip
 
     def after(before: int) -> Callable[[int, int], None]:
         def report(done: int, _: int) -> None:
             if on_step is not None:
-                on_step(before + done, len(back) + len(forth.plan))
+                on_step(before + done, len(back.plan) + len(forth.plan))
 
         return report
 
-    _run(spec, programs, back, x, [shown], None, None, after(0))
+    _run(spec, programs, back, x, after(0))
     latent = x.copy()
-    values = [forth.conditional[0], *(() if forth.unconditional is None else (forth.unconditional[0],))]
-    _run(spec, programs, forth.plan, x, values, request.guidance, classifier, after(len(back)))
+    _run(spec, programs, forth, x, after(len(back.plan)))
     found = decode(spec, programs, x, decoder_conditions(spec, forth, range(1)))[0]
     given = pixels[0]
     if found.shape != given.shape:
@@ -137,7 +135,7 @@ def find_anomaly(
     like = image if isinstance(image, Volume) else None
     return Anomaly(
         map=_volume(spec, np.abs(given - found), like), reconstruction=_volume(spec, found, like), latent=latent,
-        steps=len(back),
+        steps=len(back.plan),
     )  # fmt: skip
 
 
@@ -194,24 +192,21 @@ def _observed(
 
 
 def _run(
-    spec: ArtifactSpec, programs: Programs, plan: _core.Plan, x: Latent, values: Sequence[Mapping[str, Array]],
-    guidance: float | None, classifier: Classifier | None, after: Callable[[int, int], None],
-) -> None:  # fmt: skip
-    """Carry the plan out on `x` `[1, C, D', H', W']`, in place; `values`: the condition, and that of guidance's other branch."""
-    found = programs.call("schedule", {"timesteps": plan.timesteps.astype(np.float32)})["rows"]
-    rows = np.asarray(found, np.float32)
-    batched = [{name: np.asarray(value)[None] for name, value in given.items()} for given in values]
-    order = (_core.Branch.CONDITIONAL, _core.Branch.UNCONDITIONAL)
-    branches = {
-        branch: prepared(spec, programs, given) for branch, given in zip(order, batched, strict=False)
-    }
-    shapes = {name: value.shape for name, value in branches[order[0]].items()}
-    step = programs.open("step", {"x": x.shape, "row": (1, *rows.shape[1:]), **shapes})
-    network: Any = Denoiser(step, rows, branches)
-    if classifier is not None:
-        network = GuidedDenoiser(network, classifier, spec, programs, plan)
-    seeds = np.zeros(1, np.uint64)
-    _core.run(plan, x, network, seeds, seeds, guidance=guidance, on_step=after)
+    spec: ArtifactSpec, programs: Programs, job: Job, x: Latent, after: Callable[[int, int], None]
+) -> None:
+    """Carry the job's plan out on `x` `[1, C, D', H', W']`, in place."""
+    seeds, samples, rows = np.zeros(1, np.uint64), np.zeros(1, np.uint64), schedule_rows(spec, programs, job)
+    branches = prepared_branches(spec, programs, job, range(1))
+    start = Start(
+        plan=job.plan,
+        x=x,
+        rows=rows,
+        branches=branches,
+        seeds=seeds,
+        samples=samples,
+        guidance=job.request.guidance,
+    )
+    HostLoop(programs).run(start, after, shows=False)
 
 
 def _volume(spec: ArtifactSpec, channels: NDArray[np.float32], like: Volume | None) -> Volume:

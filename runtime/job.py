@@ -134,6 +134,11 @@ def make_job(
             for part in {min(batch, volumes), volumes % batch or min(batch, volumes)}:
                 check_size("sample", axis, part)
     shape = (spec.latent_shape[0], *spatial)
+    if request.label is not None and shape != spec.programs["gradient"].inputs[0].shape[1:]:
+        raise ValueError(
+            f"[classifier] the latent is {shape}: the classifier takes {spec.programs['gradient'].inputs[0].shape[1:]} "
+            "alone; leave size or label out"
+        )
     return Job(
         request=request,
         scheduler=request.sampler.scheduler or spec.scheduler.scheduler,

@@ -10,6 +10,7 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
+from .classifier import open_step
 from .programs import Programs
 
 Array = NDArray[np.generic]
@@ -104,7 +105,7 @@ def _lane(programs: Programs, count: int, x: tuple[int, ...], row: int, inputs: 
         "row": np.zeros((count, row), np.float32),
         **{name: np.zeros((count, *value.shape[1:]), value.dtype) for name, value in inputs.items()},
     }
-    program = programs.open("step", {name: value.shape for name, value in given.items()})
+    program = open_step(programs, {name: value.shape for name, value in given.items()})
 
     def call() -> Array:
         return np.ascontiguousarray(program(given)["out"], np.float32)

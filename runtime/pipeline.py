@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from . import autoencoder
 from .artifact import read_manifest
 from .batching import Batching, Sampling, Turns
+from .classifier import check_classifier
 from .default_artifact import default_artifact
 from .diffusion_likelihood import Bounding, bound_likelihood
 from .engine import Engine
@@ -317,6 +318,7 @@ class Model:
         """The job, the latent to start from, and the frame of the image that it is of."""
         request = make_request(self.spec, seed, settings)
         check_image(image, inpaint, request)
+        check_classifier(request, self.engine, limited=self._memory is not None)
         image = fitted("[sample] the image", image, self.spec)
         x0 = None if image is None else encode_one(encode, image, size)
         size = size if x0 is None else x0.shape[1:]

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, TypedDict
 
 from pydantic import Field, ValidationError
 
-from .frozen import Frozen
+from .frozen import Finite, Frozen
 from .sampler import Method, SamplerConfig
 from .sizes import whole
 from .spec import ArtifactSpec
@@ -32,6 +32,8 @@ class Settings(TypedDict, total=False):
     eta: float
     guidance: float | Iterable[float] | None
     strength: float
+    label: int | None
+    scale: float | None
     reuse: int
     compat: Literal["monai-1.6"] | None
 
@@ -45,14 +47,23 @@ class Request(Frozen):
         guidance: weight w of classifier-free guidance, u + w (c - u) (arXiv:2207.12598); None: the conditional branch
             alone, one network call a step instead of two.
         strength: how far an image is noised before it is denoised again; 1: from pure noise.
+        label: class from 0 to which the gradient of the artifact's classifier pulls (`classifier.GuidedStep`), `scale` times;
+            6 is usual (arXiv:2203.04306).
         reuse: k: the whole network runs at every k-th step alone (`reuse.ReusingDenoiser`); 1: at each.
     """
 
     sampler: SamplerConfig
-    seed: Annotated[int, Field(ge=0, lt=2**64, strict=True)] = 0
-    guidance: Annotated[float, Field(ge=0, le=100)] | None = None
-    strength: Annotated[float, Field(gt=0, le=1)] = 1.0
-    reuse: Annotated[int, Field(ge=1, le=1000, strict=True)] = 1
+    seed: Annotated[
+        int, Field(ge=0, lt=2**64, strict=True, description=f"a whole number, 0..{2**64 - 1}")
+    ] = 0
+    guidance: Annotated[
+        float | None,
+        Field(ge=0, le=100, description="0..100, or leave it out for the conditional branch alone"),
+    ] = None
+    strength: Annotated[float, Field(gt=0, le=1, description="a number above 0 and up to 1")] = 1.0
+    label: Annotated[int | None, Field(strict=True, description="a class, a whole number from 0")] = None
+    scale: Annotated[Finite, Field(ge=0, le=1e6, description="0..1e6")] = 6.0
+    reuse: Annotated[int, Field(ge=1, le=1000, strict=True, description="a whole number, 1..1000")] = 1
 
 
 def split_sweep(spec: ArtifactSpec, seed: int, settings: Settings) -> tuple[tuple[float, ...], Settings]:
@@ -90,11 +101,38 @@ def make_request(spec: ArtifactSpec, seed: int, settings: Settings) -> Request:
     if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= last:
         raise ValueError(f"[sample] steps={steps!r}: need 1..{last}")
     own = {key: whole(value) for key, value in settings.items() if key in Request.model_fields}
+    if settings.get("scale") is None:
+        own.pop("scale", None)
+    elif settings.get("label") is None:
+        raise ValueError(
+            f"[sample] scale={settings['scale']!r} without label: give label=CLASS too, or leave it out"
+        )
     sampler = {key: value for key, value in settings.items() if key in SamplerConfig.model_fields}
     try:
         request = Request.model_validate({"seed": whole(seed), "sampler": {**sampler, "steps": steps}, **own})
+        _check_label(spec, request.label)
         start = steps - max(1, math.floor(steps * request.strength + 1e-9))
         return request.model_copy(update={"sampler": request.sampler.model_copy(update={"start": start})})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise ValueError(f"[sample] {first['loc'][-1]}={first['input']!r}: {first['msg']}") from error
+        name = str(first["loc"][-1])
+        field = (SamplerConfig.model_fields | Request.model_fields).get(name)
+        need = first["msg"] if field is None or field.description is None else f"need {field.description}"
+        raise ValueError(f"[sample] {name}={first['input']!r}: {need}") from error
+
+
+def _check_label(spec: ArtifactSpec, label: int | None) -> None:
+    """ValueError: a class, and the artifact has no classifier or not this class."""
+    if label is None:
+        return
+    if "gradient" not in spec.programs:
+        raise ValueError(
+            f"[sample] label={label}: {spec.name} has no classifier; add one with volcast.export.gradient.add_classifier"
+        )
+    classes = int(spec.programs["gradient"].outputs[1].shape[1])
+    if not 0 <= label < classes:
+        raise ValueError(f"[sample] label={label}: need 0..{classes - 1}")
+    if spec.scheduler.prediction_type == "flow":
+        raise ValueError(
+            f"[sample] label={label}: {spec.name} predicts a flow, which has no alpha_bar; leave it out"
+        )

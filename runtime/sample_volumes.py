@@ -41,7 +41,8 @@ class Asked:
 
     def given(self) -> dict[str, Any]:
         """What is for diffusion models, by option; false where it was left out."""
-        own = {"strength": self.settings["strength"] != 1, "reuse": self.settings["reuse"] != 1}
+        own = {name: self.settings[name] != 1 for name in ("strength", "reuse")}
+        own |= {name: self.settings[name] is not None for name in ("label", "scale")}
         more = {
             "mask": self.mask, "size": self.size, "image": self.image, "inpaint": self.inpaint, "negative": self.negative,
             "then": self.then,

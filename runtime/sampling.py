@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from volcast import _core
 
 from .autoencoder import Given, decode, decode_plan, decoder_conditions
+from .classifier import guided_rows, open_step, with_label
 from .denoiser import Denoiser, SweptDenoiser, step_inputs
 from .engine import Engine
 from .inpaint import Known
@@ -134,7 +135,7 @@ class HostLoop(Loop):
             return ReusingDenoiser(self._programs, start.x, start.rows, start.branches, start.reuse)
         shapes = {name: value.shape for name, value in start.branches[_core.Branch.CONDITIONAL].items()}
         row = (len(start.x), *start.rows.shape[1:])
-        step = self._programs.open("step", {"x": start.x.shape, "row": row, **shapes})
+        step = open_step(self._programs, {"x": start.x.shape, "row": row, **shapes})
         return Denoiser(step, start.rows, start.branches)
 
 
@@ -182,7 +183,7 @@ class HostSampler(Sampler):
         if self._ledger is not None:
             self._ledger.restart()
         time = Stopwatch(programs)
-        rows = schedule_rows(programs, job)
+        rows = schedule_rows(spec, programs, job)
         schedule_seconds = time.lap()
         branches = kept.get(len(part)) or prepared_branches(spec, programs, job, part)
         kept.clear()
@@ -238,10 +239,10 @@ class HostSampler(Sampler):
         return images if job.known is None else job.known.pasted(images)
 
 
-def schedule_rows(programs: Programs, job: Job) -> NDArray[np.float32]:
+def schedule_rows(spec: ArtifactSpec, programs: Programs, job: Job) -> NDArray[np.float32]:
     """float32 `[steps, R]`: what the step program is shown of each of the plan's timesteps."""
     rows = programs.call("schedule", {"timesteps": job.plan.timesteps.astype(np.float32)})["rows"]
-    return np.asarray(rows, np.float32)
+    return guided_rows(spec, job.request, job.plan, np.asarray(rows, np.float32))
 
 
 def prepared(spec: ArtifactSpec, programs: Programs, values: Mapping[str, Array]) -> dict[str, Array]:
@@ -252,11 +253,11 @@ def prepared(spec: ArtifactSpec, programs: Programs, values: Mapping[str, Array]
 
 def prepared_branches(spec: ArtifactSpec, programs: Programs, job: Job, part: range) -> Branches:
     """`prepared` for both branches of guidance, or the one that there is."""
-    branches = {_core.Branch.CONDITIONAL: prepared(spec, programs, job.conditions(part))}
-    negative = job.negative(part)
-    if negative is not None:
-        branches[_core.Branch.UNCONDITIONAL] = prepared(spec, programs, negative)
-    return branches
+    values = {_core.Branch.CONDITIONAL: job.conditions(part), _core.Branch.UNCONDITIONAL: job.negative(part)}
+    return {
+        branch: with_label(job.request, len(part), prepared(spec, programs, given))
+        for branch, given in values.items() if given is not None
+    }  # fmt: skip
 
 
 def first_latent(

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 
-from volcast import Classifier
 from volcast.__main__ import app
 from volcast.export.bundle import read_bundle
 from volcast.runtime.default_artifact import BUNDLE
@@ -146,7 +145,7 @@ def test_a_classifier_moves_epsilon(model: Model) -> None:
         anomaly_models.SCHEDULER, 8, 4, torch.from_numpy(x)[None].double(), null, moved
     )
     settings: Any = {"condition": {"context": CONTEXT}, "guidance": 2.0, "spacing": "leading"}
-    found = model.anomaly(x, classifier=Classifier(label=2, scale=0.5), **settings)
+    found = model.anomaly(x, label=2, scale=0.5, **settings)
     # As above; the gradient comes through two networks' worth of roundings and is some 10 in size.
     assert_near(found.reconstruction.array[None, None], wanted, 100 * 8 * 50)
     without = model.anomaly(x, **settings)
@@ -233,9 +232,7 @@ def test_on_the_command_line(small: Path, tmp_path: Path, capsys: pytest.Capture
     np.testing.assert_array_equal(array, np.abs(x - np.asarray(back.dataobj, np.float32)))
     assert told["steps"] == 4 and told["max"] == pytest.approx(float(array.max()))
     model = load(small / "classified", "onnxruntime")
-    same = model.anomaly(
-        x[..., 0], condition={"context": CONTEXT}, guidance=2.0, classifier=Classifier(label=1, scale=3.0)
-    )
+    same = model.anomaly(x[..., 0], condition={"context": CONTEXT}, guidance=2.0, label=1, scale=3.0)
     np.testing.assert_array_equal(array[..., 0], same.map.array)
     assert run("anomaly", *given, *out, "--steps", 6, "--strength", 1, "--observed", "context=0,0,0") == 0
     assert "6 steps each way" in capsys.readouterr().out
@@ -246,10 +243,11 @@ def test_on_the_command_line(small: Path, tmp_path: Path, capsys: pytest.Capture
     for words, message in (
         ((*given, "--label", 3), "label=3: need 0..2"),
         ((*given, "--label", 1, "--scale", "nan"), "scale=nan"),
+        ((*given, "--scale", 3), "scale=3.0 without label"),
         ((*given, "--strength", 0), "strength=0"),
         ((*given, "-o", tmp_path / "map.png"), "ends in .nii"),
         ((small / "plain", *given[1:], "--label", 1), "small has no classifier"),
-        ((given[0], tmp_path / "none.nii.gz", *given[2:]), "cannot read it"),
+        ((given[0], tmp_path / "none.nii.gz", *given[2:]), "none.nii.gz"),
         ((given[0], tmp_path / "odd.nii.gz", *given[2:]), "d0=5"),
         (
             (given[0], tmp_path / "deep.nii.gz", *given[2:]),
@@ -273,7 +271,7 @@ def test_what_is_refused(model: Model, gaussian: Path, small: Path) -> None:
                 load(small / "classified", "onnxruntime", 1, "64GiB").anomaly,
                 x,
                 condition={"context": CONTEXT},
-                classifier=Classifier(label=0),
+                label=0,
             ),
             "memory_limit: a classifier's",
         ),

@@ -142,7 +142,7 @@ class DeviceSampler(Sampler):
     ) -> _Pending:
         spec, programs = self._spec, self._programs
         memory, watched = PeakMemory(), Stopwatch(programs)
-        rows = schedule_rows(programs, job)
+        rows = schedule_rows(self._spec, programs, job)
         schedule_seconds = watched.lap()
         branches = [prepared(spec, programs, job.conditions(part))]
         negative = job.negative(part)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from volcast.runtime.chain import chain as chain
-    from volcast.runtime.classifier import Classifier as Classifier
     from volcast.runtime.client import Client as Client
     from volcast.runtime.client_async import AsyncClient as AsyncClient
     from volcast.runtime.ensemble import Ensemble as Ensemble
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AsyncClient",
-    "Classifier",
     "Client",
     "Ensemble",
     "Inpaint",
@@ -45,10 +43,6 @@ def __getattr__(name: str) -> object:
         from volcast.runtime.pipeline import load
 
         return load
-    if name == "Classifier":
-        from volcast.runtime.classifier import Classifier
-
-        return Classifier
     if name == "Client":
         from volcast.runtime.client import Client
 
