@@ -23,11 +23,17 @@ Scheduler = Annotated[
     Literal["ddim", "ddpm", "pndm", "dpm-solver++", "rflow"] | None,
     typer.Option(help="Left out: the model's own."),
 ]
-Guidance = Annotated[float | None, typer.Option(help="Weight of classifier-free guidance.")]
+Guidance = Annotated[
+    float | None,
+    typer.Option(
+        help="Weight of classifier-free guidance; left out: the condition alone, half the network calls."
+    ),
+]
 Weights = Annotated[
     str | None,
     typer.Option(
-        help="Weight of classifier-free guidance; 1..10 or 1,2.5,7: a volume for each, OUTPUT_guidance1, .."
+        help="Weight of classifier-free guidance; 1..10 or 1,2.5,7: a volume for each, OUTPUT_guidance1, .. "
+        "Left out: the condition alone, half the network calls."
     ),
 ]
 Conditions = Annotated[
@@ -153,6 +159,7 @@ def sample(
 
 
 def info(
+    context: typer.Context,
     artifact: Artifact = None,
     memory: Annotated[bool, typer.Option("--memory", help="The memory of each program, foretold.")] = False,
     size: Annotated[str | None, typer.Option(help="With --memory: latent sizes, as 8,12,8.")] = None,
@@ -172,10 +179,19 @@ def info(
     from . import describe
     from .artifact import read_artifact, read_manifest
     from .default_artifact import default_artifact
+    from .options import leave_out
     from .pack import PACK, read_pack
 
+    of_memory = ("size", "batch", "engine", "memory_limit")
+    if not memory:
+        leave_out(context, "for --memory alone", of_memory)
     folder = artifact or default_artifact()
     if (folder / PACK).is_file():
+        leave_out(
+            context,
+            f"{folder} is a pack, whose artifact lies in {folder / 'artifact'}",
+            ("memory", *of_memory),
+        )
         manifest = read_pack(folder)
         typer.echo(manifest.model_dump_json() if as_json else manifest.as_text())
         return
