@@ -14,7 +14,7 @@ from starlette.routing import Mount, Route, Router
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
-from volcast.runtime.spec import ArtifactSpec
+from volcast.runtime.spec import Manifest
 
 from .body import BodyReader
 from .describe import model_entry, openapi
@@ -47,7 +47,7 @@ class Application:
     """
 
     def __init__(
-        self, spec: ArtifactSpec, name: str, *, grpc: str, triton_metrics: str | None, keys: Keys = OPEN,
+        self, spec: Manifest, name: str, *, grpc: str, triton_metrics: str | None, keys: Keys = OPEN,
         limits: Limits = DEFAULT, timing: Timing = TIMING, hosts: frozenset[str] | None = LOOPBACK,
         tracing: Tracing | None = None,
     ) -> None:  # fmt: skip

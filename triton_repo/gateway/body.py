@@ -14,14 +14,18 @@ from typing import Any, final
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
+from volcast.runtime.conditions import resolve
 from volcast.runtime.frame import place_of
+from volcast.runtime.generator_model import check_style
+from volcast.runtime.generator_spec import GeneratorSpec
 from volcast.runtime.image_start import painted
 from volcast.runtime.interface import NEGATIVE, Array, Asked, as_bytes, inputs, read_request
 from volcast.runtime.job import Job, make_job
 from volcast.runtime.low_res import low_res_size, with_channels
 from volcast.runtime.request import make_request
-from volcast.runtime.sizes import volume_channels, volume_shape
-from volcast.runtime.spec import ArtifactSpec
+from volcast.runtime.sizes import fixed_sizes, volume_channels, volume_shape
+from volcast.runtime.spec import ArtifactSpec, Manifest
+from volcast.runtime.token_spec import TokenSpec
 from volcast.runtime.volume import Volume
 
 from .files import Files
@@ -69,7 +73,7 @@ class Order:
 class BodyReader:
     """Reads bodies for one artifact. Safe to use from any thread."""
 
-    def __init__(self, spec: ArtifactSpec, schema: type[BaseModel], limits: Limits) -> None:
+    def __init__(self, spec: Manifest, schema: type[BaseModel], limits: Limits) -> None:
         self._spec, self._schema, self._limits = spec, schema, limits
         self._inputs = {tensor.name: tensor for tensor in inputs(spec)}
         self._files = Files(spec, limits.voxels)
@@ -112,9 +116,11 @@ class BodyReader:
             self._files.conditions(part, body.pop(part, {})) for part in ("condition", "negative")
         )
         image = self._files.image(body.pop("image", None))
-        place = place_of(self._spec, "request", image, [condition])
-        if self._spec.low_res is not None:
-            condition, negative = (dict(with_channels(self._spec, one)) for one in (condition, negative))
+        spec = self._spec
+        # The image of a one-pass model lends its style, and not its place.
+        place = place_of(spec, "request", image if isinstance(spec, ArtifactSpec) else None, [condition])
+        if isinstance(spec, ArtifactSpec) and spec.low_res is not None:
+            condition, negative = (dict(with_channels(spec, one)) for one in (condition, negative))
         inpaint = body.pop("inpaint", {})
         mask = self._files.mask(inpaint.pop("mask")) if inpaint else None
         body |= {f"inpaint_{name}": int(value) for name, value in inpaint.items()}
@@ -124,26 +130,48 @@ class BodyReader:
         tensors |= {"seed": np.array([seed], np.uint64), "output_format": as_bytes(form)}
         if mask is not None:
             tensors["inpaint_mask"] = mask.array
-        asked = read_request(self._spec, tensors)
-        request = make_request(self._spec, seed, asked.settings)
-        size: Sequence[int] | None = self._size(image, asked, request.strength)
-        if self._spec.low_res is not None and size is None:
-            size = low_res_size(self._spec, condition)
-        shape = volume_shape(self._spec, size, "request")
+        asked = read_request(spec, tensors)
+        if isinstance(spec, ArtifactSpec):
+            shape, steps = self._denoised(spec, asked, seed, condition, negative, image, mask)
+        else:
+            shape, steps = self._made(spec, asked, condition, image)
+        tensors |= self._conditions(condition) | self._conditions(negative, NEGATIVE)
+        if image is not None:
+            tensors["image"] = image.array
+        return Order(tensors=tensors, seed=seed, volumes=asked.volumes, steps=steps, shape=shape, place=place)
+
+    def _denoised(
+        self, spec: ArtifactSpec, asked: Asked, seed: int, condition: Mapping[str, Any], negative: Mapping[str, Any],
+        image: Volume | None, mask: Volume | None,
+    ) -> tuple[tuple[int, ...], int]:  # fmt: skip
+        """The shape of a diffusion model's volumes, and the calls of the network for each."""
+        request = make_request(spec, seed, asked.settings)
+        size: Sequence[int] | None = self._size(spec, image, asked, request.strength)
+        if spec.low_res is not None and size is None:
+            size = low_res_size(spec, condition)
+        shape = volume_shape(spec, size, "request")
         self._check_bytes(shape, asked)
-        job = make_job(self._spec, request, asked.samples, 1, condition, size, negative, asked.weights)
+        job = make_job(spec, request, asked.samples, 1, condition, size, negative, asked.weights)
         if asked.inpaint is not None and mask is not None:
             # What the latent holds does not matter to the checks.
             job, _ = painted(job, replace(asked.inpaint, mask=mask), image, np.zeros(job.shape, np.float32))
         self._check_previews(job, asked)
-        tensors |= self._conditions(condition) | self._conditions(negative, NEGATIVE)
-        if image is not None:
-            tensors["image"] = image.array
-        return Order(
-            tensors=tensors, seed=seed, volumes=asked.volumes, steps=len(job.plan), shape=shape, place=place
-        )
+        return shape, len(job.plan)
 
-    def _size(self, image: Volume | None, asked: Asked, strength: float) -> tuple[int, ...] | None:
+    def _made(
+        self, spec: Manifest, asked: Asked, condition: Mapping[str, Any], image: Volume | None
+    ) -> tuple[tuple[int, ...], int]:
+        """The shape of a token or one-pass model's volumes, and the calls of the network for each."""
+        shape = volume_shape(spec)
+        self._check_bytes(shape, asked)
+        resolve(spec, condition, fixed_sizes(spec))
+        if image is not None and isinstance(spec, GeneratorSpec):
+            check_style(spec, image)
+        return shape, spec.length if isinstance(spec, TokenSpec) else 1
+
+    def _size(
+        self, spec: ArtifactSpec, image: Volume | None, asked: Asked, strength: float
+    ) -> tuple[int, ...] | None:
         given = asked.size
         if image is None:
             if asked.inpaint is not None:
@@ -153,7 +181,7 @@ class BodyReader:
                     f"[request] strength={strength:g} without an image: give one, or leave it out"
                 )
             return given
-        found = image_latent(self._spec, image.array.shape)
+        found = image_latent(spec, image.array.shape)
         if given is not None and given != found:
             raise ValueError(
                 f"[request] size={list(given)}: the image's latent is {list(found)}; leave size out"

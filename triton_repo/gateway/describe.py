@@ -9,7 +9,8 @@ from pydantic import BaseModel
 import volcast
 from volcast.runtime.interface import MOST_SAMPLES
 from volcast.runtime.sizes import volume_shape
-from volcast.runtime.spec import ArtifactSpec, ConditionSpec
+from volcast.runtime.spec import ArtifactSpec, ConditionSpec, Manifest
+from volcast.runtime.token_spec import TokenSpec
 
 from .refusal import STATUS
 from .settings import Limits
@@ -18,25 +19,41 @@ from .shapes import takes_file, takes_image
 _DIFFUSION = ["ddim", "ddpm", "pndm", "dpm-solver++"]
 
 
-def model_entry(spec: ArtifactSpec, name: str, limits: Limits) -> dict[str, Any]:
-    """One of `/v1/models`."""
-    spatial = spec.latent_shape[1:]
-    x = next(tensor for tensor in spec.programs["step"].inputs if tensor.name == "x")
-    sizes = [_bounds(spec, size) for size in x.shape[2:]]
+def model_entry(spec: Manifest, name: str, limits: Limits) -> dict[str, Any]:
+    """One of `/v1/models`. `default` and `limits` hold the settings that this kind of model has, and no others."""
+    own = _settings(spec, limits)
     return {
         "name": name,
         "description": spec.provenance.get("bundle", spec.name),
-        "default": {"steps": spec.scheduler.steps, "scheduler": spec.scheduler.scheduler, "size": list(spatial)},
-        "schedulers": ["rflow"] if spec.scheduler.prediction_type == "flow" else _DIFFUSION,
+        "default": own["default"],
+        "schedulers": own["schedulers"],
         "volume": {"shape": list(volume_shape(spec)), "spacing_mm": list(spec.spacing_mm)},
         "conditions": [_condition(spec, one) for one in spec.conditions],
         "image": takes_image(spec),
-        "guidance": bool(spec.conditions),
+        "guidance": isinstance(spec, ArtifactSpec) and bool(spec.conditions),
         "limits": {
-            "steps": [1, spec.scheduler.noise_schedule.num_train_timesteps], "num_samples": [1, MOST_SAMPLES],
-            "guidance": [0, 100], "priority": [-8, 8], "size": sizes, "previews": limits.previews,
-            "voxels": limits.voxels, "body_bytes": limits.body_bytes,
-            "file_bytes": limits.file_bytes,
+            **own["limits"], "num_samples": [1, MOST_SAMPLES], "priority": [-8, 8], "voxels": limits.voxels,
+            "body_bytes": limits.body_bytes, "file_bytes": limits.file_bytes,
+        },
+    }  # fmt: skip
+
+
+def _settings(spec: Manifest, limits: Limits) -> dict[str, Any]:
+    if isinstance(spec, TokenSpec):
+        return {
+            "default": {"temperature": 1, "top_k": None, "top_p": None}, "schedulers": [],
+            "limits": {"temperature": [0.01, 100], "top_k": [1, spec.num_codes], "top_p": [0.001, 1]},
+        }  # fmt: skip
+    if not isinstance(spec, ArtifactSpec):
+        return {"default": {}, "schedulers": [], "limits": {}}
+    x = next(tensor for tensor in spec.programs["step"].inputs if tensor.name == "x")
+    spatial, last = spec.latent_shape[1:], spec.scheduler.noise_schedule.num_train_timesteps
+    return {
+        "default": {"steps": spec.scheduler.steps, "scheduler": spec.scheduler.scheduler, "size": list(spatial)},
+        "schedulers": ["rflow"] if spec.scheduler.prediction_type == "flow" else _DIFFUSION,
+        "limits": {
+            "steps": [1, last], "guidance": [0, 100], "strength": [0, 1], "size": [_bounds(spec, size) for size in x.shape[2:]],
+            "previews": limits.previews,
         },
     }  # fmt: skip
 
@@ -48,7 +65,7 @@ def _bounds(spec: ArtifactSpec, size: int | str) -> dict[str, int]:
     return {"minimum": axis.minimum, "maximum": axis.maximum, "multiple": axis.multiple}
 
 
-def _condition(spec: ArtifactSpec, condition: ConditionSpec) -> dict[str, Any]:
+def _condition(spec: Manifest, condition: ConditionSpec) -> dict[str, Any]:
     fields = [
         {
             "name": one.name, "low": one.minimum, "high": one.maximum, "description": one.description,
@@ -65,7 +82,7 @@ def _condition(spec: ArtifactSpec, condition: ConditionSpec) -> dict[str, Any]:
 
 
 def openapi(
-    spec: ArtifactSpec, name: str, schema: type[BaseModel], limits: Limits, keyed: bool
+    spec: Manifest, name: str, schema: type[BaseModel], limits: Limits, keyed: bool
 ) -> dict[str, Any]:
     """The OpenAPI 3.1 document; request bodies are the pydantic model's own JSON Schema."""
     body = schema.model_json_schema(ref_template="#/components/schemas/{model}")

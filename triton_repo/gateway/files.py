@@ -1,4 +1,4 @@
-"""The volumes in a request: an image to start from, and conditions in files."""
+"""The volumes in a request: an image, and conditions in files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from volcast.runtime.frame import fitted
 from volcast.runtime.low_res import enlargement
 from volcast.runtime.mask import on_grid
-from volcast.runtime.spec import LOW_RES, ArtifactSpec
+from volcast.runtime.spec import LOW_RES, ArtifactSpec, Manifest
 from volcast.runtime.volume import Volume
 
 from .nifti import read_upload
@@ -22,9 +22,9 @@ from .shapes import takes_file
 class Files:
     """Reads them for one artifact. Safe to use from any thread."""
 
-    def __init__(self, spec: ArtifactSpec, most_voxels: int) -> None:
+    def __init__(self, spec: Manifest, most_voxels: int) -> None:
         self._spec, self._most_voxels = spec, most_voxels
-        self._dims = len(spec.latent_shape) - 1
+        self._dims = len(spec.spacing_mm)
 
     def image(self, text: str | None) -> Volume | None:
         """The image in a base64 text, as `read_nifti` reads the file. ValueError: see `read_upload`, other axes."""
@@ -64,7 +64,9 @@ class Files:
         header, array = read_upload(where, text, self._most_voxels)
         if self._dims == 3 and array.ndim == 2:
             raise ValueError(f"[request] {where} has shape {array.shape}: need 3 axes")
-        coarser = enlargement(self._spec) if self._spec.low_res is not None and name == LOW_RES else (1, 1, 1)
+        coarser: tuple[int, ...] = (1, 1, 1)
+        if isinstance(self._spec, ArtifactSpec) and self._spec.low_res is not None and name == LOW_RES:
+            coarser = enlargement(self._spec)
         volume = on_grid(f"[request] {where}", header, array, self._spec, coarser)
         if len(spec.shape) == volume.array.ndim + 1:
             return Volume(volume.array[None], volume.affine, volume.spacing_mm)

@@ -7,13 +7,13 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, create_model
 
 from volcast.runtime.interface import MOST_SAMPLES, Tensor, inputs
-from volcast.runtime.spec import ArtifactSpec, ConditionSpec
+from volcast.runtime.spec import ArtifactSpec, ConditionSpec, Manifest
 
 from .shapes import takes_file, takes_image
 
 SETTINGS = (
     "seed", "num_samples", "steps", "scheduler", "guidance", "size", "priority", "deadline_s", "preview_every",
-    "progress_every", "strength",
+    "progress_every", "strength", "temperature", "top_k", "top_p",
 )  # fmt: skip
 """The inputs that callers may set, besides images and conditions: none that chooses files, and none that sends arrays back
 in JSON."""
@@ -34,23 +34,25 @@ class Inpainting(BaseModel):
     paste: StrictBool | None = None
 
 
-def body_schema(spec: ArtifactSpec) -> type[BaseModel]:
+def body_schema(spec: Manifest) -> type[BaseModel]:
     """Types only: ranges are checked by `read_request` and `make_job`, whose texts are the answer."""
+    tensors = {tensor.name: tensor for tensor in inputs(spec)}
     fields: dict[str, Any] = {
         tensor.name: (_type(tensor) | None, Field(None, description=tensor.text))
-        for tensor in inputs(spec)
+        for tensor in tensors.values()
         if tensor.name in SETTINGS and (tensor.name != "strength" or takes_image(spec))
     }
     if takes_image(spec):
-        text = "an image to start from: a NIfTI file with an affine, in base64"
+        text = f"{tensors['image'].text}: a NIfTI file with an affine, in base64"
         fields["image"] = (StrictStr | None, Field(None, description=text, json_schema_extra=FILE))
+    if takes_image(spec) and isinstance(spec, ArtifactSpec):
         text = "a part of the image to paint anew: mask (not 0 there; a NIfTI file on the image's grid), resamples, jump_length, paste"
         fields["inpaint"] = (Inpainting | None, Field(None, description=text))
     known = {name: schema for one in spec.conditions for name, schema in _condition(spec, one).items()}
     texts = {
         "condition": "by name of up to 100 letters: numbers of fields, whole arrays as nested lists or NIfTI files in base64"
     }
-    if known:
+    if known and isinstance(spec, ArtifactSpec):
         texts["negative"] = "with guidance: as condition, of the other branch (a negative prompt)"
     for name, text in texts.items():
         extra: Any = {"properties": known, "additionalProperties": False} if known else None
@@ -73,7 +75,7 @@ def _type(tensor: Tensor) -> Any:
     return Annotated[list[one], Field(min_length=tensor.shape[0], max_length=tensor.shape[0])]
 
 
-def _condition(spec: ArtifactSpec, condition: ConditionSpec) -> dict[str, Any]:
+def _condition(spec: Manifest, condition: ConditionSpec) -> dict[str, Any]:
     """The schemas of its own name and of its fields'."""
     whole: dict[str, Any] = {"type": "number" if condition.dtype == "float32" else "integer"}
     bounds = {"minimum": condition.minimum, "maximum": condition.maximum}
