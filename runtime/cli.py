@@ -36,6 +36,9 @@ Weights = Annotated[
         "Left out: the condition alone, half the network calls."
     ),
 ]
+Temperature = Annotated[float | None, typer.Option(help="Token models: above 0; left out: 1.")]
+TopK = Annotated[int | None, typer.Option(help="Token models: of the k most probable codes.")]
+TopP = Annotated[float | None, typer.Option(help="Token models: of the fewest codes of this sum.")]
 Conditions = Annotated[
     list[str] | None,
     typer.Option("--condition", "-c", help="name=0.5, name=0.5,0.2 or name=@file.npy; repeatable."),
@@ -97,11 +100,9 @@ def sample(
     paste: image_cli.Paste = True,
     mean: Annotated[Path | None, typer.Option(help="NIfTI file: the mean of the -n volumes.")] = None,
     variance: Annotated[Path | None, typer.Option(help="NIfTI file: their variance (by n - 1).")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Token models: above 0; left out: 1.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Token models: of the k most probable codes.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Token models: of the fewest codes of this sum.")
-    ] = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
     batch: Annotated[int, typer.Option(help="Samples a network call.")] = 1,
     engine: Annotated[EngineName, typer.Option(help="What runs the networks.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Left out: one a physical core.")] = None,

@@ -88,7 +88,7 @@ class Client:
                     closing(self.answers(given, exchange.rest_s())) as answers,
                 ):
                     for tensors in answers:
-                        exchange.hear(tensors)
+                        exchange.hear(tensors, self._messages.starts)
                 return exchange.volumes()
             except Unavailable as error:
                 time.sleep(exchange.pause_s(error))

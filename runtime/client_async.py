@@ -71,7 +71,7 @@ class AsyncClient:
                 with exchange.attempt() as given:
                     async with aclosing(self.answers(given, exchange.rest_s())) as answers:
                         async for tensors in answers:
-                            exchange.hear(tensors)
+                            exchange.hear(tensors, self._messages.starts)
                 return exchange.volumes()
             except Unavailable as error:
                 await asyncio.sleep(exchange.pause_s(error))

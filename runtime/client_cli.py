@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from . import image_cli
-from .cli import Conditions, Negative, Scheduler, Steps, Weights, progress
+from .cli import Conditions, Negative, Scheduler, Steps, Temperature, TopK, TopP, Weights, progress
 
 
 def request(
@@ -30,7 +30,12 @@ def request(
     condition: Conditions = None,
     negative: Negative = None,
     size: Annotated[str | None, typer.Option(help="Latent sizes, as 8,12,8.")] = None,
-    image: Annotated[Path | None, typer.Option(help="NIfTI file to start from (image to image).")] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(
+            help="NIfTI file to start from (image to image), or whose style a one-pass model takes."
+        ),
+    ] = None,
     strength: Annotated[
         float | None, typer.Option(help="With --image: how far it is noised, up to 1.")
     ] = None,
@@ -38,6 +43,9 @@ def request(
     resamples: image_cli.Resamples = None,
     jump_length: image_cli.JumpLength = None,
     paste: image_cli.Paste = True,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
     priority: Annotated[int, typer.Option(help="-8..8, each level doubles the share.")] = 0,
     timeout: Annotated[float | None, typer.Option(help="Seconds; left out: none.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")] = False,
@@ -57,6 +65,9 @@ def request(
         "scheduler": scheduler,
         "guidance": weights,
         "strength": strength,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
         "negative": parse_conditions(None, negative or ()) or None,
         "inpaint": image_cli.read_inpaint(image, inpaint, resamples, jump_length, paste),
     }

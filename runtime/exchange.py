@@ -19,6 +19,8 @@ from .inpaint import Inpaint, hidden_voxels
 from .interface import NEGATIVE, Array, as_bytes, text_of
 from .region import Region, make_region
 from .request import OnStep, Settings
+from .spec import LOW_RES
+from .token_choice import ChoiceSettings
 from .volume import Volume
 
 OnPreview = Callable[[int, Volume], None]
@@ -47,8 +49,9 @@ def retry_s(error: Unavailable) -> float | None:
     return float(hint[1]) if hint else None
 
 
-class RequestOptions(Settings, total=False):
-    """Keyword arguments of a client's `sample` and `sample_many`: `Settings` (steps, scheduler, guidance, ...), and
+class RequestOptions(Settings, ChoiceSettings, total=False):
+    """Keyword arguments of a client's `sample` and `sample_many`: `Settings` of a diffusion model (steps, scheduler,
+    guidance, ...) or `ChoiceSettings` of a token model (temperature, top_k, top_p), and
 
     condition, negative, size, image, inpaint: as `Model.sample_many` takes them.
     on_step: called with the steps done and to do, over all volumes; what it raises cancels the request.
@@ -102,6 +105,7 @@ class Exchange:
             "progress_every": int(self._on_step is not None),
             "preview_every": every if self._on_preview is not None else None,
         }  # fmt: skip
+        self._maps = [one for name, one in condition.items() if isinstance(one, Volume) and name != LOW_RES]
         self._volumes: dict[int, Volume] = {}
         self._steps: dict[int, tuple[int, int]] = {}
         self._shared_memory = shared_memory
@@ -120,18 +124,18 @@ class Exchange:
         with make_region() as self._region:
             yield {**self._given, "region": self._region.name}
 
-    def hear(self, tensors: Mapping[str, Array]) -> None:
-        """Take one answer; what a callback raises passes."""
+    def hear(self, tensors: Mapping[str, Array], starts: bool) -> None:
+        """Take one answer; what a callback raises passes. `starts`: as `Messages.starts`."""
         kind, sample = text_of(tensors["kind"]), int(tensors["sample"][0])
         if kind == "progress" and self._on_step is not None:
             self._steps[sample] = int(tensors["step"][0]), int(tensors["steps"][0])
             self._on_step(sum(step for step, _ in self._steps.values()), self._n * self._steps[sample][1])
         elif kind == "preview" and self._on_preview is not None:
-            self._on_preview(int(tensors["step"][0]), self._framed(tensors))
+            self._on_preview(int(tensors["step"][0]), self._placed(tensors, starts))
         elif kind == "volume":
             if self._region is not None:
                 tensors = fetch_volume(tensors, self._given["output_format"], self._region)
-            self._volumes[sample] = self._framed(tensors)
+            self._volumes[sample] = self._placed(tensors, starts)
 
     def volumes(self) -> list[Volume]:
         """All that were asked for, once the answers have ended. Raises `Unavailable`: one has not come."""
@@ -151,9 +155,13 @@ class Exchange:
             raise error
         return pause
 
-    def _framed(self, tensors: Mapping[str, Array]) -> Volume:
-        volume, image = unpack_volume(tensors), self._image
-        return Volume(volume.array, image.affine, image.spacing_mm) if isinstance(image, Volume) else volume
+    def _placed(self, tensors: Mapping[str, Array], starts: bool) -> Volume:
+        """The volume in an answer, where `Model.sample_many` places it (`place_of`)."""
+        volume = unpack_volume(tensors)
+        image = [self._image] if starts and isinstance(self._image, Volume) else []
+        for place in (*image, *self._maps)[:1]:
+            return Volume(volume.array, place.affine, place.spacing_mm)
+        return volume
 
 
 def refuse_sweep(options: RequestOptions) -> None:
@@ -202,6 +210,11 @@ class Messages:
     def known(self) -> bool:
         """Whether the model's inputs have been learnt."""
         return bool(self._inputs)
+
+    @property
+    def starts(self) -> bool:
+        """Whether the model's volumes start from the image of a request, and so lie where it does; else they have its style."""
+        return "strength" in self._inputs
 
     def index(self) -> Any:
         """The question which models there are."""

@@ -22,9 +22,9 @@ def answer(sample: int) -> dict[str, Array]:
 
 def test_answers_that_end_early_are_a_reason_to_ask_again() -> None:
     exchange = Exchange(2, 0, {}, tries=2, shared_memory=False)
-    exchange.hear(answer(1))
+    exchange.hear(answer(1), starts=False)
     with pytest.raises(Unavailable, match=r"ended without volume 0 of 2; ask again") as error:
         exchange.volumes()
     assert exchange.pause_s(error.value) == 0.25
-    exchange.hear(answer(0))
+    exchange.hear(answer(0), starts=False)
     assert [volume.array[0, 0, 0] for volume in exchange.volumes()] == [0, 1]
