@@ -72,16 +72,17 @@ def parse_weights(text: str | None) -> float | list[float] | None:
         return None
     first, dots, last = text.partition("..")
     try:
-        if dots and 0 <= int(last) - int(first) < MOST_WEIGHTS:
-            return [float(weight) for weight in range(int(first), int(last) + 1)]
-        weights = [float(part) for part in text.split(",")]
-    except ValueError:
-        weights = []
-    if not 0 < len(set(weights)) == len(weights) <= MOST_WEIGHTS:
+        many = range(int(first), int(last) + 1) if dots else [float(part) for part in text.split(",")]
+    except ValueError as error:
         raise ValueError(
-            f"[sample] guidance={text}: need a number, numbers with commas between, or FIRST..LAST, at most {MOST_WEIGHTS}"
-        )
-    return weights if "," in text else weights[0]
+            f"[sample] guidance={text}: need a number (2.5), numbers with commas between (1,2.5,7), or two whole ones (1..10)"
+        ) from error
+    if not 1 <= len(many[: MOST_WEIGHTS + 1]) <= MOST_WEIGHTS:
+        raise ValueError(f"[sample] guidance={text}: need 1..{MOST_WEIGHTS} weights, the smaller number first")
+    if len(set(many)) < len(many):
+        raise ValueError(f"[sample] guidance={text}: a weight stands there twice; give each once")
+    weights = [float(weight) for weight in many]
+    return weights if dots or "," in text else weights[0]
 
 
 def _numbers(spec: Manifest | None, name: str, text: str) -> float | NDArray[np.generic]:

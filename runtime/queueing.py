@@ -57,7 +57,9 @@ class Queued(Future[Volume]):
         if self._withdrawn:
             return CancelledError(f"[sample] cancelled {where}")
         if self._end is not None and time.perf_counter() > self._end:
-            return Expired(f"[sample] {where}: its deadline has passed; give it more time")
+            return Expired(
+                f"[sample] {where}: its deadline cannot be met any more; give it more seconds (deadline_s, --timeout)"
+            )
         return None
 
     def run(self, between: Callable[[], None]) -> None:

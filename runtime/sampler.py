@@ -32,7 +32,7 @@ class SamplerConfig(Frozen):
     steps: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     spacing: Literal["leading", "linspace", "trailing"] | None = None
     start: Annotated[int, Field(ge=0, le=1_000_000)] = 0
-    eta: Annotated[Finite, Field(ge=0, le=1)] = 0.0
+    eta: Annotated[Finite, Field(ge=0, le=1, description="0..1")] = 0.0
     reverse: bool = False
     compat: Literal["monai-1.6"] | None = None
 
@@ -65,7 +65,7 @@ def make_plan(spec: SchedulerSpec, config: SamplerConfig, latent_spatial: tuple[
         )
     if method != "ddim" and (config.eta != 0 or config.reverse):
         raise ValueError(
-            f"[sampler] eta={config.eta}, reverse={config.reverse}: only ddim has them, not {method}"
+            f"[sampler] {'reverse' if config.reverse else f'eta={config.eta:g}'}: {method} has none; leave it out, or take ddim"
         )
     if config.spacing and (config.compat or method == "rflow"):
         raise ValueError(

@@ -157,10 +157,20 @@ def test_on_the_command_line(gaussian: Path, tmp_path: Path, capfd: pytest.Captu
     assert app([*common, "-n", "2", "--guidance", "1,2.5"]) == 0
     names = {path.name for path in tmp_path.glob("out_?_*")}
     assert names == {f"out_{i}_guidance{weight}.nii.gz" for i in (0, 1) for weight in ("1", "2.5")}
-    assert app([*common, "--guidance", "3..1"]) == 2
-    assert (
-        "guidance=3..1: need a number, numbers with commas between, or FIRST..LAST" in capfd.readouterr().err
-    )
+    for text, message in (
+        ("3..1", "guidance=3..1: need 1..1000 weights, the smaller number first"),
+        ("0..99999999999999999999", "need 1..1000 weights, the smaller number first"),
+        (
+            "1..",
+            "guidance=1..: need a number (2.5), numbers with commas between (1,2.5,7), or two whole ones (1..10)",
+        ),
+        ("a..b", "guidance=a..b: need a number (2.5), "),
+        ("1,2,1", "guidance=1,2,1: a weight stands there twice; give each once"),
+        ("-1", "guidance=-1.0: need 0..100, or leave it out for the conditional branch alone"),
+        ("nan", "guidance=nan: need 0..100, or leave it out"),
+    ):
+        assert app([*common, f"--guidance={text}"]) == 2
+        assert message in capfd.readouterr().err
 
 
 def test_the_example_runs(default_cache: Path, tmp_path: Path) -> None:

@@ -101,8 +101,12 @@ def test_flow_transform_reads_the_latent(spatial, ratio):
     [
         (FLOW, {"scheduler": "ddim"}, r"scheduler 'ddim' cannot sample .* prediction_type 'flow'"),
         (LATENT, {"scheduler": "rflow"}, r"scheduler 'rflow' cannot sample .* prediction_type 'epsilon'"),
-        (LATENT, {"scheduler": "pndm", "eta": 0.5}, r"eta=0.5, reverse=False: only ddim has them, not pndm"),
-        (FLOW, {"reverse": True}, r"only ddim has them, not rflow"),
+        (
+            LATENT,
+            {"scheduler": "pndm", "eta": 0.5},
+            r"\[sampler\] eta=0.5: pndm has none; leave it out, or take ddim",
+        ),
+        (FLOW, {"reverse": True}, r"\[sampler\] reverse: rflow has none"),
         (LATENT, {"spacing": "leading", "compat": "monai-1.6"}, r"spacing='leading': monai-1.6 has its own"),
         (FLOW, {"spacing": "leading"}, r"spacing='leading': rflow has its own"),
         (LATENT, {"steps": 1001}, r"steps=1001: need 1..1000"),
