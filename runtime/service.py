@@ -18,9 +18,10 @@ import numpy as np
 from volcast import _core
 
 from .answers import pack_volume, place_volume
+from .asked import Asked, read_request
 from .batching import Expired, Sampling, Turns
 from .generator_model import GeneratorModel
-from .interface import Array, Asked, as_bytes, read_request
+from .interface import Array, as_bytes
 from .metrics import Tally
 from .pipeline import Model
 from .queueing import Queued

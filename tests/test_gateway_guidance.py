@@ -11,7 +11,7 @@ import pytest
 from test_gateway_files import AFFINE, TILTED, image, label_map, text
 
 from volcast.runtime.artifact import read_artifact
-from volcast.runtime.interface import read_request
+from volcast.runtime.asked import read_request
 from volcast.runtime.spec import ArtifactSpec
 from volcast.runtime.volume import Volume
 from volcast.triton_repo.gateway.body import BodyReader

@@ -11,7 +11,7 @@ import pytest
 
 from volcast.__main__ import app
 from volcast.runtime.artifact import read_artifact
-from volcast.runtime.interface import read_request
+from volcast.runtime.asked import read_request
 from volcast.runtime.pipeline import load
 from volcast.runtime.probe import probe_tensors
 from volcast.runtime.sizes import volume_shape

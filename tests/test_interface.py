@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from volcast.runtime.artifact import read_artifact
-from volcast.runtime.interface import as_bytes, inputs, outputs, read_request
+from volcast.runtime.asked import read_request
+from volcast.runtime.interface import as_bytes, inputs, outputs
 from volcast.runtime.spec import ArtifactSpec
 
 

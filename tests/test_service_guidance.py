@@ -12,7 +12,8 @@ from test_service import Heard
 
 from volcast import Inpaint
 from volcast.runtime.artifact import read_artifact
-from volcast.runtime.interface import as_bytes, inputs, read_request
+from volcast.runtime.asked import read_request
+from volcast.runtime.interface import as_bytes, inputs
 from volcast.runtime.pipeline import Model, load
 from volcast.runtime.service import Service
 

@@ -14,12 +14,13 @@ from typing import Any, final
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
+from volcast.runtime.asked import Asked, read_request
 from volcast.runtime.conditions import resolve
 from volcast.runtime.frame import place_of
 from volcast.runtime.generator_model import check_style
 from volcast.runtime.generator_spec import GeneratorSpec
 from volcast.runtime.image_start import painted
-from volcast.runtime.interface import NEGATIVE, Array, Asked, as_bytes, inputs, read_request
+from volcast.runtime.interface import NEGATIVE, Array, as_bytes, inputs
 from volcast.runtime.job import Job, make_job
 from volcast.runtime.low_res import low_res_size, with_channels
 from volcast.runtime.request import make_request

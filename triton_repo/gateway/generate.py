@@ -16,7 +16,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
 from volcast.runtime.answers import pack_volume, unpack_volume
-from volcast.runtime.interface import Array, decimal, text_of
+from volcast.runtime.asked import decimal
+from volcast.runtime.interface import Array, text_of
 from volcast.runtime.volume import Volume
 
 from .body import BodyReader, Order
