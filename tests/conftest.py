@@ -351,6 +351,21 @@ def tiny_tokens(shared_folder: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
+def spade(shared_folder: Any) -> Path:
+    """A SPADENet of three axes with its encoder of styles (`generator_bundles.py`), exported, once for all."""
+    from generator_bundles import spade_gan
+
+    from volcast.export.generator_artifact import export_generator
+    from volcast.export.generator_bundle import read_generator
+
+    def make(folder: Path) -> None:
+        spade_gan(folder / "bundle", dims=3)
+        export_generator(read_generator(folder / "bundle"), folder / "artifact")
+
+    return Path(shared_folder("spade 3D", make) / "artifact")
+
+
+@pytest.fixture(scope="session")
 def token_artifact_folder(shared_folder: Any) -> Path:
     """The bundled VQVAE with its transformer, exported in float32, once for all. Copy it before a change."""
     from volcast.export.transformer_artifact import export_transformer

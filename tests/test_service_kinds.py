@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from generator_bundles import LABELS, spade_gan
+from generator_bundles import LABELS
 from test_service import Gated, Heard, given, tickets, until
 from token_bundles import CODES, DEEP, Tiny
 
 from volcast import _core
-from volcast.export.generator_artifact import export_generator
-from volcast.export.generator_bundle import read_generator
 from volcast.runtime.batching import Expired, Turns
 from volcast.runtime.generator_model import GeneratorModel
 from volcast.runtime.interface import inputs, text_of
@@ -28,17 +26,6 @@ CONTEXT = np.random.default_rng(3).normal(size=(3, 8)).astype(np.float32)
 LENGTH = 12
 SHAPE = (16, 32, 8)
 MASK = np.random.default_rng(4).integers(0, len(LABELS), SHAPE)
-
-
-@pytest.fixture(scope="session")
-def spade(shared_folder: Callable[[str, Any], Path]) -> Path:
-    """A SPADENet of three axes with its encoder of styles, exported."""
-
-    def make(folder: Path) -> None:
-        spade_gan(folder / "bundle", dims=3)
-        export_generator(read_generator(folder / "bundle"), folder / "artifact")
-
-    return shared_folder("spade 3D", make) / "artifact"
 
 
 @pytest.fixture

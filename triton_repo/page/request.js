@@ -10,23 +10,37 @@ const STRENGTH = 0.5;
 const PARTS = { condition: "conditions", negative: "negative" };
 /** What of the body is conditions, and where in the form they are. */
 
+const CHOICE = ["temperature", "top_k", "top_p"];
+/** How a token model draws tokens. */
+
 /** Fill the form for `model`, an entry of `GET /v1/models`. */
 export function show(model) {
   const { shape, spacing_mm: spacing } = model.volume;
   const grid = `${shape.join(" × ")} voxels of ${spacing.map(short).join(" × ")} mm`;
   $("model-hint").textContent = [model.description, grid].filter(Boolean).join("\n");
-  limit($("steps"), model.limits.steps);
-  $("steps").value = model.default.steps;
-  $("steps-hint").textContent = model.limits.steps.join(" to ");
+  const { limits } = model;
+  // A model has the settings that it has limits of.
+  for (const id of ["denoising", "more"]) offer($(id), limits.steps);
+  for (const element of [$("choice"), $("choice-hint")]) offer(element, limits.temperature);
+  for (const name of CHOICE.filter((name) => limits[name])) {
+    limit($(name), limits[name]);
+    $(name).value = "";
+    $(name).placeholder = model.default[name] ?? "all";
+  }
+  if (limits.steps) {
+    limit($("steps"), limits.steps);
+    $("steps").value = model.default.steps;
+    $("steps-hint").textContent = limits.steps.join(" to ");
+  }
   $("scheduler").replaceChildren(...model.schedulers.map((name) => new Option(name, name)));
-  $("scheduler").value = model.default.scheduler;
+  $("scheduler").value = model.default.scheduler ?? "";
   $("guidance-field").hidden = !model.guidance;
   $("guidance").value = "";
   $("conditions").replaceChildren(...model.conditions.map((one) => condition(one, model.limits)));
   $("negative").replaceChildren(...(model.guidance ? model.conditions.map((one) => condition(one, model.limits, "negative")) : []));
   $("start").replaceChildren(...(model.image ? [start(model)] : []));
   $("size").disabled = false;
-  const axes = model.default.size.map((size, axis) => {
+  const axes = (model.default.size ?? []).map((size, axis) => {
     const label = `Axis ${axis + 1}`;
     const { minimum: min, maximum: max, multiple: step } = model.limits.size[axis];
     const input = make("input", { id: `size-${axis}`, type: "number", min, max, step, placeholder: size });
@@ -42,7 +56,7 @@ export function read(model) {
   const right = seed === "" || (/^\d+$/.test(seed) && BigInt(seed) <= MOST_SEED);
   $("seed").setCustomValidity(right ? "" : `A whole number from 0 to ${MOST_SEED}, or nothing`);
   const weights = $("guidance").value.trim() ? $("guidance").value.split(",").map((text) => (text.trim() ? Number(text) : NaN)) : [];
-  const [low, high] = model.limits.guidance;
+  const [low, high] = model.limits.guidance ?? [];
   const weighed = weights.every((weight) => weight >= low && weight <= high);
   $("guidance").setCustomValidity(weighed ? "" : `A number from ${low} to ${high}, several with commas between, or nothing`);
   const wrong = form.querySelector("input:invalid, textarea:invalid");
@@ -50,16 +64,19 @@ export function read(model) {
   if (!form.reportValidity()) return null;
 
   const steps = Number($("steps").value);
-  const body = { steps, scheduler: $("scheduler").value, progress_every: 1 };
+  const body = { progress_every: 1 };
+  if (model.limits.steps) Object.assign(body, { steps, scheduler: $("scheduler").value });
+  for (const name of CHOICE.filter((name) => model.limits[name] && $(name).value)) body[name] = Number($(name).value);
   if (seed) body.seed = seed;
   if (model.guidance && weights.length) body.guidance = weights.length > 1 ? weights : weights[0];
   const previews = Number($("previews").value);
-  if (previews && weights.length < 2) body.preview_every = Math.max(1, Math.ceil(steps / (previews + 1)));
+  if (model.limits.previews && previews && weights.length < 2) body.preview_every = Math.max(1, Math.ceil(steps / (previews + 1)));
   const image = $("image")?.files[0];
-  if (image) Object.assign(body, { image, strength: Number($("field-strength").value) || STRENGTH });
+  if (image) body.image = image;
+  if (image && $("field-strength")) body.strength = Number($("field-strength").value) || STRENGTH;
   const mask = $("inpaint")?.files[0];
   if (mask) body.inpaint = { mask };
-  const sizes = model.default.size.map((size, axis) => Number($(`size-${axis}`).value) || size);
+  const sizes = (model.default.size ?? []).map((size, axis) => Number($(`size-${axis}`).value) || size);
   if (!image && sizes.some((size, axis) => size !== model.default.size[axis])) body.size = sizes;
   const value = (input) => (input.type === "file" ? input.files[0] : JSON.parse(input.value));
   for (const part of Object.keys(PARTS)) {
@@ -71,8 +88,7 @@ export function read(model) {
 
 /** Fill the form with an earlier `body` and its `seed`. */
 export function repeat(body, seed) {
-  $("steps").value = body.steps;
-  $("scheduler").value = body.scheduler;
+  for (const name of ["steps", "scheduler", ...CHOICE]) $(name).value = body[name] ?? "";
   $("guidance").value = [body.guidance ?? ""].flat().join(", ");
   $("seed").value = seed;
   for (const input of $("size").querySelectorAll("input")) input.value = "";
@@ -88,8 +104,8 @@ export function repeat(body, seed) {
     }
   }
   $("negative-field").open = body.negative !== undefined;
-  if ($("image")) {
-    put($("image"), body.image);
+  if ($("image")) put($("image"), body.image);
+  if ($("field-strength")) {
     put($("inpaint"), body.inpaint?.mask);
     $("field-strength").value = body.strength ?? "";
     $("field-strength").dispatchEvent(new Event("input"));
@@ -98,9 +114,11 @@ export function repeat(body, seed) {
 
 /** "25 steps, ddim, anterior 0.2": what was asked, in words. */
 export function describe(body) {
-  const words = [`${body.steps} steps`, body.scheduler];
+  const words = body.steps ? [`${body.steps} steps`, body.scheduler] : [];
+  for (const name of CHOICE.filter((name) => name in body)) words.push(`${plain(name)} ${short(body[name])}`);
   if (body.guidance !== undefined) words.push(`guidance ${[body.guidance].flat().map(short).join(", ")}`);
-  if (body.image) words.push(`from ${body.image.name} with strength ${short(body.strength)}`);
+  const how = body.strength === undefined ? "in its style" : `with strength ${short(body.strength)}`;
+  if (body.image) words.push(`from ${body.image.name} ${how}`);
   if (body.inpaint) words.push(`painted anew by ${body.inpaint.mask.name}`);
   for (const part of Object.keys(PARTS)) {
     for (const [name, value] of Object.entries(body[part] ?? {})) {
@@ -108,7 +126,7 @@ export function describe(body) {
     }
   }
   if (body.size) words.push(`latent ${body.size.join(" × ")}`);
-  return words.join(", ");
+  return words.join(", ") || "nothing but the seed";
 }
 
 const inputs = (part) => [...$(PARTS[part]).querySelectorAll(`[data-${part}]`)];
@@ -125,8 +143,13 @@ function condition(given, limits, part = "condition") {
   return group;
 }
 
-/** An image to start from, and how far it is noised. */
+/** An image to start from, and how far it is noised; of a model that has no such strength, one whose style to take. */
 function start({ limits, volume }) {
+  if (!limits.strength) {
+    const hint = `NIfTI, of ${volume.shape.join(" × ")} voxels; the volume has its style`;
+    const style = picker({ id: "image", label: "Image", hint, most: limits.file_bytes });
+    return make("fieldset", {}, make("legend", {}, "Style of an image"), style);
+  }
   const description = "how far it is noised; 1 leaves nothing of it";
   const strength = number({ name: "strength", low: 0.01, high: 1, step: 0.01, default: STRENGTH, description });
   const hint = `NIfTI, of ${volume.shape.join(" × ")} voxels or another size that the model takes; the volume lies where it does`;
@@ -197,6 +220,12 @@ function numbers(one, part) {
     input.setCustomValidity(right ? "" : "A number, or lists of numbers in brackets: [[0.1, 0.2]]");
   });
   return make("div", { className: "field" }, make("label", { for: id }, called(one.name, part)), input, hint);
+}
+
+/** Show an element with what it holds, or hide it so that nothing in it is asked for. */
+function offer(element, offered) {
+  element.hidden = !offered;
+  for (const input of element.querySelectorAll("input, select")) input.disabled = !offered;
 }
 
 function limit(input, [low, high]) {
