@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .answers import fetch_volume, unpack_volume
+from .frame import check_grid
 from .inpaint import Inpaint, hidden_voxels
 from .interface import NEGATIVE, Array, as_bytes, text_of
 from .region import Region, make_region
@@ -96,6 +97,8 @@ class Exchange:
         self._image = asked.pop("image", None)
         condition, negative = asked.pop("condition", None) or {}, asked.pop("negative", None) or {}
         inpaint = asked.pop("inpaint", None)
+        if isinstance(self._image, Volume) and len(self._image.spacing_mm) == 3:
+            check_grid("[sample] the image", self._image.affine, self._image.spacing_mm, None)
         # A drawn seed is drawn here, so that a second try asks for the same volumes.
         self._given: dict[str, Any] = {
             "output_format": "float32", **asked, **condition, **{NEGATIVE + name: value for name, value in negative.items()},

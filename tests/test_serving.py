@@ -80,11 +80,13 @@ def test_a_sweep_a_negative_condition_and_a_mask_cross(served: Served, model: Mo
         for volume, alone in zip(found, model.sample_many(2, 2, **asked), strict=True):
             np.testing.assert_array_equal(volume.array, alone.array)
             np.testing.assert_array_equal(volume.affine, image.affine)
+        turned = Volume(image.array, image.affine @ np.diag([-1, 1, 1, 1]), image.spacing_mm)
         elsewhere = Volume(mask.array, mask.affine + 1, mask.spacing_mm)
         for more, message in [
             ({"inpaint": Inpaint(elsewhere)}, "the mask lies elsewhere than the image"),
             ({"inpaint": Inpaint(mask.array[1:])}, r"the mask is float32 \(7, 12, 8\)"),
             ({"inpaint": Inpaint(mask, resamples=2.5)}, "inpaint_resamples=2.5: need INT32"),  # type: ignore[arg-type]
+            ({"image": turned}, "image has axes LAS: need RAS"),
             ({"image": None}, "inpaint without an image"),
             ({"guidance": [1] * 33}, "2 samples at 33 weights are 66 volumes"),
             ({"guidance": None}, "negative without guidance"),
