@@ -5,6 +5,7 @@ A row is one position along the first spatial axis: a plane of a volume, a line 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -57,6 +58,7 @@ class GraphRows:
         }
         self.constants = constant_values(graph)
         self.maker = {name: place for place, node in enumerate(graph.nodes) for name in node.outputs}
+        self._turned = self._find_turned()
 
     def window(self, node: Node) -> Window | None:
         """The window of an operator that reads rows nearby or changes their number; None for any other."""
@@ -104,6 +106,8 @@ class GraphRows:
         if node.kind in PAIR:  # the int8 values between the two have no scale: they are never stored
             volumes = {node.inputs[0], node.outputs[0]}
             return not self.scales.keys().isdisjoint(volumes) and self.constants.issuperset(node.inputs[1:])
+        if node.outputs[0] in self._turned:
+            return True
         if any(name not in self.scales for name in node.outputs):
             return False
         if node.kind in ("Conv", "ConvTranspose", "Resize"):
@@ -116,6 +120,50 @@ class GraphRows:
             rank = len(self.values[node.outputs[0]].shape)
             return node.number("axis", 0) % rank == 1 and self._spread(node)
         return node.kind in UNARY | BINARY and self._spread(node)
+
+    def _find_turned(self) -> set[str]:
+        """Values on a way from a volume through other orders of its axes back to a volume, row by row: how a VQVAE takes
+        each vector of a latent to its nearest code. They are never stored: they have no scale."""
+        found: set[str] = set()
+        axes: dict[str, int] = {}  # of the rows, in values that are no volumes
+        for node in self.graph.nodes:
+            axis = self._row_axis(node, axes)
+            if axis is None:
+                continue
+            name = node.outputs[0]
+            if name not in self.scales:
+                axes[name] = axis
+            elif axis == 2 and node.inputs[0] in axes:
+                waiting = [name]
+                while waiting:
+                    found.add(name := waiting.pop())
+                    waiting += [one for one in self.graph.nodes[self.maker[name]].inputs if one in axes]
+        return found
+
+    def _row_axis(self, node: Node, axes: Mapping[str, int]) -> int | None:
+        """The rows' axis in what an operator makes of one value that is not in a volume's order, or takes to another;
+        None where it mixes rows."""
+        known = {name: 2 if name in self.scales else axes.get(name) for name in node.inputs}
+        varying = [name for name in node.inputs if name and name not in self.constants]
+        if len(varying) != 1 or (axis := known[varying[0]]) is None:
+            return None
+        name, rank = varying[0], len(self.values[varying[0]].shape)
+        if node.kind == "Transpose":
+            return node.numbers("perm", tuple(reversed(range(rank)))).index(axis)
+        if node.kind == "ArgMin":
+            over = node.number("axis", 0) % rank
+            return None if over == axis else axis - (over < axis and not node.number("keepdims", 1))
+        if name in self.scales:
+            return None
+        if node.kind == "Gather":
+            return axis if name == node.inputs[1] and node.number("axis", 0) == 0 else None
+        if node.kind == "MatMul":
+            return axis if name == node.inputs[0] and axis < rank - 1 else None
+        shapes = [self.values[one].shape for one in node.inputs if one in self.constants]
+        same_for_all = all(
+            len(shape) < rank - axis or shape[len(shape) - rank + axis] == 1 for shape in shapes
+        )
+        return axis if node.kind in UNARY | BINARY and same_for_all else None
 
     def _keeps_rows(self, node: Node) -> bool:
         return node.numbers("strides", (1,))[0] == 1 and node.numbers("pads", (0,))[0] == 0

@@ -277,6 +277,12 @@ def _reduce(walk: _Walk, node: Node) -> list[Sized]:
     return walk.like(node, sizes)
 
 
+def _arg(walk: _Walk, node: Node) -> list[Sized]:
+    shape, kept = walk.shape(node, 0), node.number("keepdims", 1)
+    axis = node.number("axis", 0) % len(shape)
+    return walk.like(node, (*shape[:axis], *((1,) if kept else ()), *shape[axis + 1 :]), "int64")
+
+
 def _quantize(walk: _Walk, node: Node) -> list[Sized]:
     zero = len(node.inputs) > 2 and node.inputs[2]
     asked = DTYPES.get(node.number("output_dtype", 0), "uint8")
@@ -303,6 +309,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(UNARY | NORMS | {"Softmax", "LogSoftmax", "Dropout"}, _same),
     **dict.fromkeys(BINARY | _COMPARISONS, _elementwise),
     **dict.fromkeys(("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceSumSquare"), _reduce),
+    **dict.fromkeys(("ArgMax", "ArgMin"), _arg),
     "AveragePool": _pool,
     "Cast": _cast,
     "Concat": _concat,
