@@ -214,7 +214,8 @@ def test_the_openapi_document_holds_together(client: httpx.Client) -> None:
     body = document["components"]["schemas"]["Generate"]
     assert body["additionalProperties"] is False
     assert set(body["properties"]) == {"seed", "num_samples", "steps", "scheduler", "guidance", "size", "priority",
-                                       "deadline_s", "progress_every", "preview_every", "condition", "image", "strength"}  # fmt: skip
+                                       "deadline_s", "progress_every", "preview_every", "condition", "negative", "image", "strength",
+                                       "inpaint"}  # fmt: skip
     assert document["openapi"] == "3.1.0" and GENERATE in document["paths"]
 
 
