@@ -63,9 +63,9 @@ def read_artifact(folder: str | os.PathLike[str]) -> ArtifactSpec:
     if isinstance(spec, ArtifactSpec):
         return spec
     what = (
-        "samples tokens with a transformer: sample, likelihood, heal, verify and info take it"
+        "samples tokens with a transformer: sample, serve, generate, likelihood, heal, verify and info take it"
         if isinstance(spec, TokenSpec)
-        else "makes an image in one pass: sample, verify and info take it"
+        else "makes an image in one pass: sample, serve, generate, verify and info take it"
     )
     raise ValueError(f"[artifact] {spec.name} {what}, give a diffusion model here")
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from .atomic import sha256
 from .condition_text import parse_conditions
 from .conditions import resolve
-from .sizes import latent_sizes
-from .spec import ArtifactSpec
+from .sizes import default_sizes
+from .spec import Manifest
 from .volume import Volume
 
 TABLES = (".csv", ".jsonl")
@@ -52,13 +52,13 @@ class DatasetConditions:
         ranges = {name: {"uniform": list(ends)} for name, ends in self.uniform.items()}
         return {**listed(self.constant), **ranges, **table}
 
-    def check(self, spec: ArtifactSpec, seed: int, count: int) -> None:
+    def check(self, spec: Manifest, seed: int, count: int) -> None:
         """Resolve every sample's conditions against the artifact (ValueError names the sample)."""
         if self.rows is not None and len(self.rows) < count:
             raise ValueError(
                 f"[generate] the table of conditions has {len(self.rows)} rows for {count} samples: give one a sample"
             )
-        _, sizes = latent_sizes(spec, None)
+        sizes = default_sizes(spec)
         shared = not self.uniform and self.rows is None
         for sample in range(min(count, 1) if shared else count):
             try:
@@ -67,7 +67,7 @@ class DatasetConditions:
                 raise error if shared else ValueError(f"{error} (sample {sample})") from error
 
 
-def parse_dataset_conditions(spec: ArtifactSpec, texts: Iterable[str]) -> DatasetConditions:
+def parse_dataset_conditions(spec: Manifest, texts: Iterable[str]) -> DatasetConditions:
     """Read `name=value` as `volcast sample` does, `name=uniform:a,b`, or the path of a `.csv` or `.jsonl` table.
 
     Raises:
@@ -122,7 +122,7 @@ def _listed(value: Any) -> Any:
     return {"shape": list(array.shape), "sha256": digest}
 
 
-def _range(spec: ArtifactSpec, name: str, value: str) -> tuple[float, float]:
+def _range(spec: Manifest, name: str, value: str) -> tuple[float, float]:
     fields = [field.name for condition in spec.conditions for field in condition.fields]
     if name not in fields:
         raise ValueError(

@@ -10,23 +10,26 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, final
 
 import volcast
 
-from .artifact import MANIFEST, read_artifact
+from .artifact import MANIFEST, read_manifest
 from .atomic import sha256
 from .condition_text import parse_conditions
 from .dataset import Dataset
 from .dataset_conditions import DatasetConditions, listed, parse_dataset_conditions
 from .dataset_manifest import SHARD, Entry, volume_name
-from .engine_auto import INSTALL, open_engine
+from .engine_auto import INSTALL, check_engine, open_engine
 from .generate_worker import Crew, Died, Failed, Finished, Made, Ready, Recipe, Task
 from .job import make_job
-from .request import SAMPLES_OF_A_SEED, Settings, make_request
+from .request import SAMPLES_OF_A_SEED, make_request
 from .reuse import refuse_reuse
+from .spec import ArtifactSpec, Manifest
+from .token_choice import Choice
+from .token_spec import TokenSpec
 
 DEPTH = 2
 """Tasks that a worker holds: it goes on while its answer is published."""
@@ -43,7 +46,8 @@ class Generation:
     Attributes:
         engine: never "auto": what a run resolves must be what the next one does.
         threads: of each worker. Part of the settings, since an engine may round otherwise with more.
-        settings: `steps` and `scheduler` are resolved.
+        settings: of a diffusion model `Settings`, `steps` and `scheduler` resolved; of a token model all of
+            `ChoiceSettings`; of a one-pass model none.
         negative: conditions of guidance's other branch, of every volume.
     """
 
@@ -54,7 +58,7 @@ class Generation:
     seed: int
     engine: str
     threads: int
-    settings: Settings
+    settings: Any
     conditions: DatasetConditions
     negative: Mapping[str, Any]
 
@@ -98,7 +102,7 @@ def prepare(
     here: bool = True,
     condition: Iterable[str] = (),
     negative: Iterable[str] = (),
-    settings: Settings | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Generation:
     """Check everything that can be checked without running a program.
 
@@ -107,30 +111,52 @@ def prepare(
         here: whether the engine is this machine's; otherwise `engine` is not "auto" and need not be installed.
         condition: texts as `parse_dataset_conditions` reads them.
         negative: texts as `parse_conditions` reads them, the same for every volume.
-        settings: `steps`, `scheduler`, `guidance`.
+        settings: `steps`, `scheduler`, `guidance`, of a token model `temperature`, `top_k`, `top_p`; None: left out.
 
     Raises:
         ValueError: anything out of range, in one line.
     """
     if not 0 <= count <= SAMPLES_OF_A_SEED:
         raise ValueError(f"[generate] num={count}: need 0..{SAMPLES_OF_A_SEED}")
-    spec = read_artifact(artifact)
-    wanted: Settings = {"steps": None, "scheduler": None, "guidance": None, **(settings or {})}
-    request = make_request(spec, seed, wanted)
-    refuse_reuse(request, "generate", "call Model.sample_many, which keeps features")
+    spec = read_manifest(artifact)
+    check_engine(spec, engine)
+    given = {name: value for name, value in (settings or {}).items() if value is not None}
     conditions = parse_dataset_conditions(spec, condition)
-    conditions.check(spec, seed, count)
     other = parse_conditions(spec, negative)
-    if count:
-        make_job(spec, request, 1, 1, {**conditions.constant, **conditions.own(seed, 0)}, None, other)
-    wanted["steps"] = request.sampler.steps
-    wanted["scheduler"] = request.sampler.scheduler or spec.scheduler.scheduler
+    if isinstance(spec, ArtifactSpec):
+        wanted: Any = {"steps": None, "scheduler": None, "guidance": None, **given}
+        request = make_request(spec, seed, wanted)
+        refuse_reuse(request, "generate", "call Model.sample_many, which keeps features")
+        conditions.check(spec, seed, count)
+        if count:
+            make_job(spec, request, 1, 1, {**conditions.constant, **conditions.own(seed, 0)}, None, other)
+        wanted["steps"] = request.sampler.steps
+        wanted["scheduler"] = request.sampler.scheduler or spec.scheduler.scheduler
+    else:
+        wanted = _own_settings(spec, given | ({"negative": other} if other else {}))
+        conditions.check(spec, seed, count)
     # An engine for a GPU is opened by the workers alone: the GPU may be elsewhere.
     name = open_engine(engine, threads).name if here and engine in ("auto", *INSTALL) else engine
     return Generation(
         artifact=artifact.resolve(), artifact_sha256=sha256(artifact / MANIFEST), name=spec.name, count=count,
         seed=seed, engine=name, threads=threads, settings=wanted, conditions=conditions, negative=other,
     )  # fmt: skip
+
+
+def _own_settings(spec: Manifest, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a token model, of a one-pass model none. ValueError: others, or out of range."""
+    known = ("temperature", "top_k", "top_p") if isinstance(spec, TokenSpec) else ()
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        kind = "samples tokens" if known else "makes an image in one pass"
+        raise ValueError(
+            f"[generate] {', '.join(unknown)}: {spec.name} {kind}; known: {', '.join(known) or 'none'}"
+        )
+    if not isinstance(spec, TokenSpec):
+        return {}
+    choice = Choice(**given)
+    choice.check(spec.num_codes)
+    return asdict(choice)
 
 
 def run(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cli import Artifact, AsJson, Guidance, Scheduler, Steps
+from .cli import Artifact, AsJson, Guidance, Scheduler, Steps, Temperature, TopK, TopP
 from .engine_name import EngineName
 
 if TYPE_CHECKING:
@@ -44,6 +44,9 @@ def generate(
         list[str] | None,
         typer.Option(help="name=0.5 or name=@file.npy, for guidance's other branch of each; repeatable."),
     ] = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -93,7 +96,10 @@ def generate(
     generation = prepare(
         artifact or default_artifact(), num, seed=seed, engine=made_with[0], threads=made_with[1], here=not server,
         condition=condition or (), negative=negative or (),
-        settings={"steps": steps, "scheduler": scheduler, "guidance": guidance},
+        settings={
+            "steps": steps, "scheduler": scheduler, "guidance": guidance, "temperature": temperature, "top_k": top_k,
+            "top_p": top_p,
+        },
     )  # fmt: skip
     try:
         _generate(generation, out, workers, ray, server or (), as_json, quiet)

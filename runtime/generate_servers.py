@@ -12,13 +12,14 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import CancelledError
 from contextlib import suppress
-from typing import final
+from typing import Any, final
 
 from .answers import unpack_volume
-from .artifact import read_artifact
+from .artifact import read_manifest
 from .client import Client, Unavailable
-from .conditions import named
+from .conditions import named, resolve
 from .exchange import retry_s
+from .frame import place_of
 from .generate_worker import (
     FAULTS,
     Crew,
@@ -35,6 +36,8 @@ from .generate_worker import (
 )
 from .interface import text_of
 from .request import make_request
+from .sizes import default_sizes
+from .spec import ArtifactSpec
 from .volume import Volume
 
 AT_ONCE = 8
@@ -49,8 +52,7 @@ class Servers(Crew):
 
     def __init__(self, recipe: Recipe, servers: Sequence[str]) -> None:
         self._recipe, self._servers = recipe, servers
-        self._spec = read_artifact(recipe.artifact)
-        self._request = make_request(self._spec, recipe.seed, recipe.settings)
+        self._spec = read_manifest(recipe.artifact)
         self._happened: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._tasks: dict[int, queue.SimpleQueue[Task | None]] = {}
         self._clients: dict[int, Client] = {}
@@ -131,20 +133,22 @@ class Servers(Crew):
             )
 
     def _make(self, client: Client, task: Task) -> Made:
-        recipe = self._recipe
-        job = recipe.job(self._spec, self._request, task)
-        other = job.unconditional[0] if job.unconditional else {}
-        negative = {f"negative_{one.name}": other[one.name] for one in named(self._spec, recipe.negative)}
+        recipe, condition = self._recipe, self._recipe.condition(task)
         given = {
-            **recipe.settings, **job.conditional[0], **negative, "seed": recipe.seed, "first_sample": task.sample,
+            **recipe.settings, **self._arrays(task), "seed": recipe.seed, "first_sample": task.sample,
             "output_format": "float32",
         }  # fmt: skip
+        # A diffusion model's files lie in the middle, as a local worker's do.
+        diffusion = isinstance(self._spec, ArtifactSpec)
+        place = None if diffusion else place_of(self._spec, "generate", None, [condition])
         while True:
             try:
                 volume: Volume | None = None
                 for tensors in client.answers(given):
                     if text_of(tensors["kind"]) == "volume":
                         volume = unpack_volume(tensors)
+                        if place is not None:
+                            volume = Volume(volume.array, place.affine, place.spacing_mm)
                 if volume is None:
                     raise Unavailable(f"[generate] sample {task.sample}: the server ended without its volume")
                 return keep(recipe, self._spec, task, volume)
@@ -152,6 +156,16 @@ class Servers(Crew):
                 pause = retry_s(error)
                 if pause is None or self._closed.wait(pause):
                     raise
+
+    def _arrays(self, task: Task) -> dict[str, Any]:
+        """The conditions, resolved."""
+        recipe, spec = self._recipe, self._spec
+        if not isinstance(spec, ArtifactSpec):
+            return dict(resolve(spec, recipe.condition(task), default_sizes(spec)).values)
+        job = recipe.job(spec, make_request(spec, recipe.seed, recipe.settings), task)
+        other = job.unconditional[0] if job.unconditional else {}
+        negative = {f"negative_{one.name}": other[one.name] for one in named(spec, recipe.negative)}
+        return {**job.conditional[0], **negative}
 
     def _watch(self, server: str) -> None:
         """A server that hangs never answers: who waits for it is freed."""

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
 
-from .artifact import MANIFEST, read_artifact
+from .artifact import MANIFEST, read_manifest
 from .atomic import sha256
 from .engine_auto import open_engine
 from .job import Job, make_job
+from .pipeline import load
 from .programs import Programs
-from .request import Request, Settings, make_request
+from .request import Request, make_request
 from .sampling import Watch
-from .spec import ArtifactSpec
+from .spec import ArtifactSpec, Manifest
 from .volume import Volume, centred_affine
 
 FAULTS = (ValueError, OSError, MemoryError)
@@ -34,6 +35,7 @@ class Recipe:
         artifact: its folder, under the same path wherever a worker runs.
         artifact_sha256: of its manifest, which lists the sha256 of every other file.
         engine: a name of `EngineName` but "auto".
+        settings: `Settings`, of a token model `ChoiceSettings`, of a one-pass model none.
         constant: conditions of every sample; `negative`: those of guidance's other branch that are not its own.
         parts: the folder that the workers write to.
     """
@@ -43,14 +45,18 @@ class Recipe:
     engine: str
     threads: int
     seed: int
-    settings: Settings
+    settings: Any
     constant: Mapping[str, Any]
     negative: Mapping[str, Any]
     parts: Path
 
     def job(self, spec: ArtifactSpec, request: Request, task: Task) -> Job:
-        """What makes the volume of `task`."""
-        return make_job(spec, request, task.sample + 1, 1, {**self.constant, **task.own}, None, self.negative)
+        """What makes the volume of `task`, of a diffusion model."""
+        return make_job(spec, request, task.sample + 1, 1, self.condition(task), None, self.negative)
+
+    def condition(self, task: Task) -> dict[str, Any]:
+        """All conditions of `task`."""
+        return {**self.constant, **task.own}
 
 
 @final
@@ -78,20 +84,39 @@ class Made:
 class Worker:
     """Cheap to make; `load` opens the model."""
 
+    _spec: Manifest
+    _volume: Callable[[Task], Volume]
+
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
 
     def load(self) -> None:
         """Raises ValueError: a missing engine, an artifact that is not the dataset's."""
         recipe = self._recipe
-        self._spec = read_artifact(recipe.artifact)
+        spec = read_manifest(recipe.artifact)
         if sha256(recipe.artifact / MANIFEST) != recipe.artifact_sha256:
             raise ValueError(
                 f"[generate] {recipe.artifact} is another artifact here; copy the same one to every machine"
             )
-        self._engine = open_engine(recipe.engine, recipe.threads)
-        programs = Programs(recipe.artifact, self._spec, self._engine)
-        self._sampler = self._engine.sampler(recipe.artifact, self._spec, programs)
+        self._spec = spec
+        engine = open_engine(recipe.engine, recipe.threads)
+        if not isinstance(spec, ArtifactSpec):
+            model = load(recipe.artifact, engine)
+            self._volume = lambda task: model.submit(
+                recipe.seed, sample=task.sample, condition=recipe.condition(task), **recipe.settings
+            ).result()
+            return
+        sampler = engine.sampler(recipe.artifact, spec, Programs(recipe.artifact, spec, engine))
+
+        def volume(task: Task) -> Volume:
+            job = recipe.job(spec, make_request(spec, recipe.seed, recipe.settings), task)
+            part = range(task.sample, task.sample + 1)
+            images, report = next(iter(sampler.run(job, [part], None, Watch())))
+            affine = centred_affine(images.shape[2:], spec.spacing_mm)
+            array = np.ascontiguousarray(images[0, 0] if images.shape[1] == 1 else images[0])
+            return Volume(array, affine, spec.spacing_mm, report)
+
+        self._volume = volume
 
     def make(self, task: Task) -> Made:
         """The volume that `Model.sample_many(seed=recipe.seed)` yields as number `task.sample`.
@@ -99,15 +124,10 @@ class Worker:
         Raises:
             ValueError: values that are not finite, no room, the parts' folder is not there.
         """
-        recipe, spec, sample = self._recipe, self._spec, task.sample
-        job = recipe.job(spec, make_request(spec, recipe.seed, recipe.settings), task)
-        images, report = next(iter(self._sampler.run(job, [range(sample, sample + 1)], None, Watch())))
-        affine = centred_affine(images.shape[2:], spec.spacing_mm)
-        array = np.ascontiguousarray(images[0, 0] if images.shape[1] == 1 else images[0])
-        return keep(recipe, spec, task, Volume(array, affine, spec.spacing_mm, report))
+        return keep(self._recipe, self._spec, task, self._volume(task))
 
 
-def keep(recipe: Recipe, spec: ArtifactSpec, task: Task, volume: Volume) -> Made:
+def keep(recipe: Recipe, spec: Manifest, task: Task, volume: Volume) -> Made:
     """Write the volume into the parts' folder. ValueError: no room, the folder is not there."""
     part = recipe.parts / f"{task.sample:08}-{secrets.token_hex(8)}.nii.gz"
     volume.save(part, f"volcast {spec.name} seed {recipe.seed}")

@@ -22,7 +22,7 @@ from .programs import Programs
 from .queueing import Queued, Queueing, check_sample
 from .report import Report, Stopwatch
 from .request import SAMPLES_OF_A_SEED, OnStep
-from .sizes import check_size, fixed_sizes, whole
+from .sizes import check_size, default_sizes, whole
 from .volume import Volume, centred_affine
 
 Condition = Mapping[str, Any]
@@ -158,7 +158,7 @@ class GeneratorModel:
                 raise ValueError(f"[sample] {name}={value!r}: need {least}..{most}")
 
     def _values(self, condition: Condition | None) -> Arrays:
-        return resolve(self.spec, condition, fixed_sizes(self.spec)).values
+        return resolve(self.spec, condition, default_sizes(self.spec)).values
 
     def _run(
         self,

@@ -10,7 +10,7 @@ import numpy as np
 
 from .interface import Array, as_bytes, inputs
 from .service import Reason, Reply, Service
-from .sizes import fixed_sizes, latent_sizes
+from .sizes import default_sizes
 from .spec import ArtifactSpec, Manifest
 
 
@@ -20,9 +20,8 @@ def probe_tensors(spec: Manifest) -> dict[str, Array]:
     found: dict[str, Array] = {
         "seed": np.array([0], np.uint64), "priority": np.array([8], np.int32), "output_format": as_bytes("nifti"),
     }  # fmt: skip
-    sizes = fixed_sizes(spec)
+    sizes = default_sizes(spec)
     if isinstance(spec, ArtifactSpec):
-        _, sizes = latent_sizes(spec)
         found["steps"] = np.array([1], np.int32)
     for condition in spec.conditions:
         if not condition.fields:

@@ -110,16 +110,18 @@ def volume_shape(
     """
     if isinstance(spec, ArtifactSpec):
         spatial, sizes = latent_sizes(spec, size, operation)
-        if "decode" not in spec.programs:
-            return spatial
     else:
-        sizes = fixed_sizes(spec)
+        spatial, sizes = (), default_sizes(spec)
+    if "decode" not in spec.programs:
+        return spatial
     shape = spec.programs["decode"].outputs[0].shape[2:]
     return tuple(one if isinstance(one, int) else sizes[one] for one in shape)
 
 
-def fixed_sizes(spec: Manifest) -> dict[str, int]:
-    """The size of every axis but the batch's, of a model whose volumes have one size."""
+def default_sizes(spec: Manifest) -> dict[str, int]:
+    """The sizes that `latent_sizes` gives at the artifact's own; of a model whose volumes have one size, every axis' own."""
+    if isinstance(spec, ArtifactSpec):
+        return latent_sizes(spec)[1]
     return {axis.name: axis.maximum for axis in spec.axes if axis.name != "batch"}
 
 

@@ -30,6 +30,7 @@ from token_bundles import CODES, DEEP, Tiny
 import volcast
 from volcast.__main__ import app
 from volcast.runtime.client import Client
+from volcast.runtime.dataset_manifest import volume_name
 from volcast.runtime.pipeline import load
 from volcast.runtime.volume import Volume, read_nifti
 
@@ -120,6 +121,18 @@ def test_a_token_model_is_served(tiny_tokens: Callable[[Tiny], Path], tmp_path: 
         volume = asyncio.run(asked_in_a_loop(f"127.0.0.1:{served.grpc}"))
         np.testing.assert_array_equal(volume.array, alone[0].array)
         tokens_on_the_command_line(served, tmp_path, alone[0])
+        choice = [
+            "-c",
+            f"context=@{tmp_path / 'context.npy'}",
+            "--temperature",
+            5,
+            "--top-k",
+            7,
+            "--top-p",
+            0.98,
+        ]
+        for one, wanted in zip(dataset(artifact, served, tmp_path, *choice), alone, strict=True):
+            np.testing.assert_array_equal(one.array, wanted.array)
         tokens_through_the_gateway(served, alone)
         if CHROMIUM is not None:
             tokens_on_the_page(served, alone[0])
@@ -162,6 +175,14 @@ def tokens_on_the_command_line(served: Served, folder: Path, wanted: Volume) -> 
                  "-c", f"context=@{folder / 'context.npy'}", "--temperature", 5, "--top-k", 7, "--top-p", 0.98]  # fmt: skip
     assert app([str(one) for one in arguments]) == 0
     np.testing.assert_array_equal(read_nifti(folder / "out.nii.gz").array, wanted.array)
+
+
+def dataset(artifact: Path, served: Served, folder: Path, *more: object) -> list[Volume]:
+    """Two volumes of seed 5, made by the server."""
+    words = ["generate", artifact, "--out", folder / "set", "--num", 2, "--seed", 5, "-q",
+             "--server", f"127.0.0.1:{served.grpc}", *more]  # fmt: skip
+    assert app([str(word) for word in words]) == 0
+    return [read_nifti(folder / "set" / volume_name(index)) for index in range(2)]
 
 
 def tokens_through_the_gateway(served: Served, alone: list[Volume]) -> None:
@@ -224,6 +245,10 @@ def test_a_one_pass_model_is_served(spade: Path, tmp_path: Path) -> None:
                 with pytest.raises(ValueError, match=message):
                     client.sample(1, **{"condition": {"mask": LABELS}, **wrong})
         styles_through_the_gateway(served, tmp_path, styled[0])
+        made = dataset(spade, served, tmp_path, "-c", f"mask=@{tmp_path / 'labels.nii.gz'}")
+        for one, wanted in zip(made, model.sample_many(2, 5, condition={"mask": LABELS}), strict=True):
+            np.testing.assert_array_equal(one.array, wanted.array)
+            np.testing.assert_array_equal(one.affine, AFFINE)
         if CHROMIUM is not None:
             styles_on_the_page(served, tmp_path, styled[0])
 

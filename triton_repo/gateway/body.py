@@ -24,7 +24,7 @@ from volcast.runtime.interface import NEGATIVE, Array, as_bytes, inputs
 from volcast.runtime.job import Job, make_job
 from volcast.runtime.low_res import low_res_size, with_channels
 from volcast.runtime.request import make_request
-from volcast.runtime.sizes import fixed_sizes, volume_channels, volume_shape
+from volcast.runtime.sizes import default_sizes, volume_channels, volume_shape
 from volcast.runtime.spec import ArtifactSpec, Manifest
 from volcast.runtime.token_spec import TokenSpec
 from volcast.runtime.volume import Volume
@@ -165,7 +165,7 @@ class BodyReader:
         """The shape of a token or one-pass model's volumes, and the calls of the network for each."""
         shape = volume_shape(spec)
         self._check_bytes(shape, asked)
-        resolve(spec, condition, fixed_sizes(spec))
+        resolve(spec, condition, default_sizes(spec))
         if image is not None and isinstance(spec, GeneratorSpec):
             check_style(spec, image)
         return shape, spec.length if isinstance(spec, TokenSpec) else 1
