@@ -47,6 +47,12 @@ class GeneratorModel:
         self._programs = Programs(folder, spec, engine)
         self._queueing = Queueing(most)
 
+    def __enter__(self) -> GeneratorModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def sample(
         self,
         seed: int = 0,

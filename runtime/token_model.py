@@ -51,6 +51,12 @@ class TokenModel:
         raster = np.arange(spec.length)
         self.order = np.array(spec.order, np.int64) if spec.order else raster
 
+    def __enter__(self) -> TokenModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def sample(
         self,
         seed: int = 0,

@@ -14,7 +14,7 @@ from test_service import Gated, Heard, given, tickets, until
 from token_bundles import CODES, DEEP, Tiny
 
 from volcast import _core
-from volcast.runtime.batching import Expired, Turns
+from volcast.runtime.batching import Turns
 from volcast.runtime.generator_model import GeneratorModel
 from volcast.runtime.interface import inputs, text_of
 from volcast.runtime.pipeline import load
@@ -171,17 +171,17 @@ def test_submit_refuses_at_once_and_close_ends_what_waits(tiny_tokens: Callable[
 
 
 def test_what_a_callback_raises_ends_its_sample_alone(tiny_tokens: Callable[[Tiny], Path]) -> None:
-    model = load(tiny_tokens(DEEP) / "artifact", engine="onnxruntime", threads=1)
-
     def stop(done: int, total: int) -> None:
         raise OSError("enough")
 
-    failed = model.submit(1, condition={"context": CONTEXT}, on_step=stop)
-    fine = model.submit(1, sample=2, condition={"context": CONTEXT})
-    assert isinstance(failed.exception(60), OSError) and not isinstance(failed.exception(60), Expired)
-    expected = list(model.sample_many(3, 1, condition={"context": CONTEXT}))[2]
-    np.testing.assert_array_equal(fine.result(60).array, expected.array)
-    model.close(drain=True)
+    with load(tiny_tokens(DEEP) / "artifact", engine="onnxruntime", threads=1) as model:
+        failed = model.submit(1, condition={"context": CONTEXT}, on_step=stop)
+        fine = model.submit(1, sample=2, condition={"context": CONTEXT})
+        assert isinstance(failed.exception(60), OSError)
+        expected = list(model.sample_many(3, 1, condition={"context": CONTEXT}))[2]
+        np.testing.assert_array_equal(fine.result(60).array, expected.array)
+    with pytest.raises(ValueError, match="closed"):
+        model.submit(1, condition={"context": CONTEXT})
 
 
 @pytest.mark.parametrize(
