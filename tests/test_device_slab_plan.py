@@ -238,7 +238,7 @@ def test_the_bundled_autoencoder(default_artifact_folder: Path, share: float) ->
     path = default_artifact_folder / spec.programs["decode"].file
     draft = device_draft(path)
     program, weights = draft.program(), dict(draft.weights)
-    sizes = {axis.name: axis.multiple * 3 for axis in spec.axes} | {"batch": 1}
+    sizes = {axis.name: axis.multiple * 2 for axis in spec.axes} | {"batch": 1}
     (z,) = spec.programs["decode"].inputs
     torch.manual_seed(2)
     inputs = {z.name: dense(torch.randn([sizes.get(size, size) for size in z.shape]))}
