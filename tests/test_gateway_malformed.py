@@ -35,7 +35,8 @@ SETTINGS = settings(
 LIMITS = Limits(rate=1e6, body_bytes=2**16, file_bytes=2**17, voxels=8 * 12 * 8, previews=8)
 GOOD: dict[str, Any] = {"seed": 5, "steps": 4, "condition": {"anterior": 0.25}}
 NAMES = ["seed", "num_samples", "steps", "scheduler", "guidance", "size", "priority", "deadline_s", "progress_every",
-         "preview_every", "condition", "context", "anterior", "output_format", "image", "strength", "region", ""]  # fmt: skip
+         "preview_every", "condition", "context", "anterior", "output_format", "image", "strength", "region", "negative",
+         "inpaint", "mask", "resamples", "paste", ""]  # fmt: skip
 
 numbers = st.one_of(
     st.integers(-2, 70), st.integers(), st.floats(), st.sampled_from([2**31, 2**32, 2**63, 2**64 - 1, 2**64, -1, 1e308, 1e-320])
@@ -73,22 +74,32 @@ def mutated(draw: st.DrawFn, whole: st.SearchStrategy[bytes]) -> bytes:
 
 
 bodies = st.one_of(texts, texts, mutated(texts), st.binary(max_size=64))
-IMAGE = Volume(
-    np.arange(8 * 12 * 8, dtype=np.float32).reshape(8, 12, 8), np.diag([1, 1.5, 2, 1]), (1, 1.5, 2)
-).nifti()
+NUMBERS = np.arange(8 * 12 * 8, dtype=np.float32).reshape(8, 12, 8)
+IMAGE, MASK = (
+    Volume(array, np.diag([1, 1.5, 2, 1]), (1, 1.5, 2)).nifti()
+    for array in (NUMBERS, (NUMBERS < 400).astype(np.float32))
+)
 
 
 @st.composite
 def files(draw: st.DrawFn) -> bytes:
-    """A request with an image, bytes of which are changed: mostly in its header, before or after it is compressed."""
-    content = bytearray(IMAGE)
+    """A request with an image (or a mask of one), bytes of which are changed: mostly in its header, before or after it is
+    compressed."""
+    paints = draw(st.booleans())
+    content = bytearray(MASK if paints else IMAGE)
     zipped, late = draw(st.booleans()), draw(st.booleans())
     for last in (False, True):
         content = bytearray(gzip.compress(content)) if last and zipped else content
         for _ in range(draw(st.integers(0, 2)) if last == late else 0):
             place = draw(st.integers(0, 360) | st.integers(0, len(content) - 1))
             content[place : place + draw(st.integers(0, 4))] = draw(st.binary(max_size=4))
-    given = {"seed": 5, "steps": 4, "strength": 0.5, "image": base64.b64encode(content).decode()}
+    broken, whole = (base64.b64encode(one).decode() for one in (content, IMAGE))
+    given: dict[str, Any] = {"seed": 5, "steps": 4, "strength": 0.5, "image": broken}
+    if paints:
+        given |= {
+            "image": whole,
+            "inpaint": {"mask": broken, **draw(st.dictionaries(st.sampled_from(NAMES), values, max_size=1))},
+        }
     return json.dumps({**given, **draw(st.dictionaries(st.sampled_from(NAMES), values, max_size=1))}).encode()
 
 
