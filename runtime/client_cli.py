@@ -19,7 +19,7 @@ def request(
     server: Annotated[str, typer.Option(help="Host and port of its gRPC.")] = "127.0.0.1:8001",
     model: Annotated[str | None, typer.Option(help="Its name there; left out: the only one.")] = None,
     count: Annotated[
-        int, typer.Option("--count", "-n", help="Volumes; above 1: OUTPUT_0, OUTPUT_1, ...")
+        int, typer.Option("--count", "-n", min=1, help="Volumes; above 1: OUTPUT_0, OUTPUT_1, ...")
     ] = 1,
     seed: Annotated[
         int | None, typer.Option(help="Sample i takes its noise from (seed, i); left out: drawn.")
@@ -47,7 +47,10 @@ def request(
     top_k: TopK = None,
     top_p: TopP = None,
     priority: Annotated[int, typer.Option(help="-8..8, each level doubles the share.")] = 0,
-    timeout: Annotated[float | None, typer.Option(help="Seconds; left out: none.")] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(min=1e-3, help="Seconds, after which the request is given up; left out: none."),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")] = False,
 ) -> None:
     """Ask a server for volumes and write them as NIfTI."""

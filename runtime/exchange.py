@@ -196,11 +196,16 @@ def _inpainted(image: Any, inpaint: Inpaint) -> dict[str, Any]:
 
 @final
 class Messages:
-    """Triton's gRPC messages to and from one model of the server at `address`."""
+    """Triton's gRPC messages to and from one model of the server at `address` (ValueError: no host and port)."""
 
     def __init__(self, address: str, model: str | None) -> None:
         from tritonclient.grpc import service_pb2
 
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
+            raise ValueError(
+                f"[client] address {address!r}: need HOST:PORT of the server's gRPC, as 127.0.0.1:8001"
+            )
         self._pb, self._address, self._model = service_pb2, address, model
         self._inputs: dict[str, tuple[str, tuple[int, ...]]] = {}
 

@@ -60,6 +60,7 @@ def test_the_options_are_those_of_serve() -> None:
     for value, option in {
         "engine": "--engine", "threads": "--threads", "active": "--active", "queue": "--queue", "drain": "--drain",
         "rate": "--rate", "concurrency": "--concurrency", "maxVoxels": "--max-voxels", "storeMib": "--store-mib",
+        "maxFileMib": "--max-file-mib", "heldMib": "--held-mib",
     }.items():  # fmt: skip
         assert VALUES["serve"][value] == known[option], value
 
@@ -98,6 +99,16 @@ def test_shared_memory_has_the_documented_size() -> None:
     wanted = shared_memory_mib(1, Limits().voxels)
     assert COMPOSE["services"]["volcast"]["shm_size"] == f"{wanted}m"
     assert f"= {wanted} MiB" in (ROOT / "docs" / "deploy.md").read_text()
+
+
+def test_the_memory_requested_is_the_documented_sum() -> None:
+    serve, shm = VALUES["serve"], shared_memory_mib(1, VALUES["serve"]["maxVoxels"])
+    wanted = VALUES["modelMib"] + serve["storeMib"] + serve["heldMib"] + shm
+    text = " ".join((ROOT / "docs" / "deploy.md").read_text().split())
+    assert f"= {wanted} MiB, its limit `modelMib` more, {wanted + VALUES['modelMib']} MiB" in text
+    limits = Limits()
+    assert serve["storeMib"] * 2**20 == limits.store_bytes and serve["heldMib"] * 2**20 == limits.held_bytes
+    assert serve["maxFileMib"] * 2**20 == limits.file_bytes
 
 
 def test_the_container_may_little() -> None:
@@ -153,6 +164,17 @@ def test_helm_renders_the_chart(tmp_path: Path) -> None:
     assert volumes["shm"]["emptyDir"]["sizeLimit"] == f"{wanted}Mi"
     (container,) = pod["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 2
+    held = 2048 + 1024 + 1024 + wanted
+    assert container["resources"]["requests"] == {"cpu": "2", "memory": f"{held}Mi"}
+    assert container["resources"]["limits"]["memory"] == f"{held + 2048}Mi"
+    (own,) = (
+        one
+        for one in rendered("--set", "resources.limits.memory=9Gi,serve.heldMib=2048")
+        if one["kind"] == "Deployment"
+    )
+    (container,) = own["spec"]["template"]["spec"]["containers"]
+    assert container["resources"]["limits"] == {"memory": "9Gi"} and "--held-mib=2048" in container["args"]
+    assert container["resources"]["requests"]["memory"] == f"{2048 + 1024 + 2048 + wanted // 2}Mi"
     assert "replicas" not in found["Deployment"]["spec"]
     # The gateway reads the secret's file as it stands.
     file = tmp_path / "keys"

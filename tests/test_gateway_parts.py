@@ -151,6 +151,8 @@ def test_nobody_listens_to_the_world_without_keys() -> None:
         Limits(rate=0)
     with pytest.raises(ValueError, match="rate=nan"):
         Limits(rate=math.nan)
+    with pytest.raises(ValueError, match="would never be taken; raise --held-mib, or lower --max-file-mib"):
+        Limits(held_bytes=2**20)
 
 
 def test_serve_refuses_before_it_starts_anything(gaussian: Path, capsys: pytest.CaptureFixture[str]) -> None:

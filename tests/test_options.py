@@ -40,6 +40,31 @@ def test_it_is_refused_by_name(
     assert not out and err.startswith(f"volcast: {message}") and err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("serve ARTIFACT --active 0", "'--active'"),
+        ("serve ARTIFACT --queue -1", "'--queue'"),
+        ("serve ARTIFACT --drain -1", "'--drain'"),
+        ("serve ARTIFACT --grpc-port 99999", "'--grpc-port'"),
+        ("serve ARTIFACT --http-port 8001", "[serve] ports (8001, 8001, 8002): need three different ones"),
+        ("serve ARTIFACT --server nowhere", "[client] address 'nowhere': need HOST:PORT"),
+        ("serve ARTIFACT --held-mib 10", "raise --held-mib, or lower --max-file-mib"),
+        ("request --server nowhere", "[client] address 'nowhere': need HOST:PORT"),
+        ("request --server :8001", "[client] address ':8001': need HOST:PORT"),
+        ("request -n 0", "'--count'"),
+        ("request --timeout 0", "'--timeout'"),
+        ("generate ARTIFACT -n 0 -o set", "'--num'"),
+    ],
+)
+def test_a_number_or_place_that_cannot_be_is_refused_before_anything_starts(
+    gaussian: Path, capfd: pytest.CaptureFixture[str], words: str, message: str
+) -> None:
+    assert app([str(gaussian) if word == "ARTIFACT" else word for word in words.split()]) == 2
+    out, err = capfd.readouterr()
+    assert message in err and not out and "gateway on" not in err
+
+
 def test_with_the_other_option_it_is_taken(gaussian: Path, capfd: pytest.CaptureFixture[str]) -> None:
     words = ["info", str(gaussian), "--memory", "--engine", "onnxruntime", "--batch", "1", "--size"]
     assert app([*words, "4,4,4"]) == 0

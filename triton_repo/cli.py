@@ -39,14 +39,26 @@ def serve(
     concurrency: Annotated[int, typer.Option(help="Requests of one key that are open.")] = 64,
     max_voxels: Annotated[int, typer.Option(help="Of one volume.")] = 512 * 512 * 128,
     store_mib: Annotated[int, typer.Option(help="Memory for volumes that wait for their callers.")] = 1024,
-    http_port: Annotated[int, typer.Option(help="Triton's own, on loopback: KServe v2 over HTTP.")] = 8000,
-    grpc_port: Annotated[int, typer.Option(help="Likewise over gRPC: what volcast's client uses.")] = 8001,
-    metrics_port: Annotated[int, typer.Option(help="Likewise for Prometheus.")] = 8002,
+    max_file_mib: Annotated[
+        int, typer.Option(help="Of a request with its files (images, label maps), in base64.")
+    ] = 64,
+    held_mib: Annotated[
+        int, typer.Option(help="Memory for requests that are read and for images, of all callers together.")
+    ] = 1024,
+    http_port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Triton's own, on loopback: KServe v2 over HTTP.")
+    ] = 8000,
+    grpc_port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Likewise over gRPC: what volcast's client uses.")
+    ] = 8001,
+    metrics_port: Annotated[int, typer.Option(min=1, max=65535, help="Likewise for Prometheus.")] = 8002,
     engine: Annotated[EngineName, typer.Option(help="What runs the networks.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Left out: one a physical core.")] = None,
-    active: Annotated[int, typer.Option(help="Samples that take turns.")] = 64,
-    queue: Annotated[int, typer.Option(help="Samples that may wait; further ones are refused.")] = 256,
-    drain: Annotated[int, typer.Option(help="Seconds that requests under way have to end at a stop.")] = 30,
+    active: Annotated[int, typer.Option(min=1, help="Samples that take turns.")] = 64,
+    queue: Annotated[int, typer.Option(min=0, help="Samples that may wait; further ones are refused.")] = 256,
+    drain: Annotated[
+        int, typer.Option(min=0, help="Seconds that requests under way have to end at a stop.")
+    ] = 30,
     server: Annotated[
         str | None,
         typer.Option(
@@ -82,12 +94,17 @@ def serve(
     listening = Listening(host=host, port=port, certificate=tls_cert, private_key=tls_key, insecure=insecure)
     known = read_keys(keys)
     check_exposure(listening, known)
-    limits = Limits(rate=rate, concurrency=concurrency, voxels=max_voxels, store_bytes=store_mib * 2**20)
+    limits = Limits(
+        rate=rate, concurrency=concurrency, voxels=max_voxels, store_bytes=store_mib * 2**20,
+        file_bytes=max_file_mib * 2**20, held_bytes=held_mib * 2**20,
+    )  # fmt: skip
     folder = (artifact or default_artifact()).resolve()
     spec = read_manifest(folder)
     check_engine(spec, engine)
     name = NAME if artifact is None else model_name(spec)
     ports = Ports(http=http_port, grpc=grpc_port, metrics=metrics_port)
+    if server is None:
+        ports.check()
     log_to_stderr()
     address = f"127.0.0.1:{grpc_port}" if server is None else server
     application = Application(

@@ -37,6 +37,11 @@ class Limits:
         for name, value in vars(self).items():
             if not value > 0:
                 raise ValueError(f"[gateway] {name}={value}: need a number above 0")
+        if self.held_bytes < max(self.file_bytes, self.body_bytes):
+            raise ValueError(
+                f"[gateway] held_bytes={self.held_bytes}: a request may have {max(self.file_bytes, self.body_bytes)} and would "
+                "never be taken; raise --held-mib, or lower --max-file-mib"
+            )
 
 
 @final

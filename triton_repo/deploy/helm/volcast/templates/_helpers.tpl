@@ -29,3 +29,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- $volume := div (add (mul 4 (int64 .Values.serve.maxVoxels)) 1048575) 1048576 -}}
 {{- mul 2 (max 1 (int .Values.gpus)) 2 $volume -}}
 {{- end -}}
+
+{{/* MiB requested, see docs/deploy.md: /dev/shm is of the container's memory too. */}}
+{{- define "volcast.memory" -}}
+{{- add (int .Values.modelMib) (int .Values.serve.storeMib) (int .Values.serve.heldMib) (int (include "volcast.shm" .)) -}}
+{{- end -}}
