@@ -11,13 +11,13 @@ from typing import Any, final
 
 import numpy as np
 
-from .artifact import read_artifact
+from .artifact import MANIFEST, read_manifest
 from .condition_text import parse_conditions
 from .engine import Engine
 from .frame import SPACING_TOLERANCE
 from .job import Job, make_job
 from .low_res import enlargement
-from .pipeline import load
+from .pipeline import open_model
 from .request import OnStep, make_request
 from .sizes import volume_channels, volume_shape, whole
 from .spec import LOW_RES, ArtifactSpec
@@ -34,7 +34,7 @@ _TEXTS = ("scheduler", "spacing", "compat")
 class Chain:
     """Artifacts of which each takes the samples of the one before as its low-resolution image.
 
-    Only one of them is open at a time: all samples of a stage are made, and kept, before the next stage opens.
+    Their files are checked once, here. Only one of them is open at a time: all samples of a stage are made, and kept, before the next stage opens.
 
     Attributes:
         specs: their manifests.
@@ -54,8 +54,8 @@ class Chain:
         if len(artifacts) < 2:
             raise ValueError(f"[chain] {len(artifacts)} artifacts: need two or more; volcast.load opens one")
         self._folders = [Path(folder) for folder in artifacts]
-        self._opening = {"engine": engine, "threads": threads, "memory_limit": memory_limit}
-        self.specs = tuple(read_artifact(folder) for folder in self._folders)
+        self._opening = engine, threads, memory_limit
+        self.specs = tuple(map(_read, self._folders))
         for before, after in pairwise(self.specs):
             _check_fit(before, after)
 
@@ -98,9 +98,8 @@ class Chain:
                     on_step(sum(totals[:number]) + done, sum(totals))
 
             given = dict(stages[number]) if condition is None else {**stages[number], "condition": condition}
-            model = load(self._folders[number], **self._opening)  # type: ignore[arg-type]
-            volumes: Iterator[Volume] = model.sample_many(n, seeds[number], on_step=told, **given)
-            return volumes
+            model = open_model(self._folders[number], self.specs[number], *self._opening)
+            return model.sample_many(n, seeds[number], on_step=told, **given)
 
         return self._run(run, stages, run(0))
 
@@ -146,13 +145,22 @@ def chain(
     return Chain(artifacts, engine, threads, memory_limit)
 
 
-def parse_stage(text: str) -> tuple[Path, dict[str, Any]]:
-    """`FOLDER` or `FOLDER,steps=20,noise_level=10` as a later stage: its artifact and what `Chain` takes for it.
+def stage_folder(text: str) -> Path:
+    """The artifact of a later stage, `FOLDER` or `FOLDER,steps=20,noise_level=10` (ValueError: there is none)."""
+    folder = Path(text.partition(",")[0])
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(
+            f"[chain] --then {folder}: holds no {MANIFEST}; give a folder written by `volcast export`"
+        )
+    return folder
 
-    Raises ValueError: no artifact there; neither a setting nor a condition of it; a value that is none.
+
+def parse_stage(text: str, spec: ArtifactSpec) -> dict[str, Any]:
+    """What `Chain` takes for the stage of such a text, whose artifact is `spec`.
+
+    Raises ValueError: neither a setting nor a condition of it; a value that is none.
     """
-    folder, *pairs = text.split(",")
-    spec = read_artifact(folder)
+    pairs = text.split(",")[1:]
     stage: dict[str, Any] = {}
     conditions: list[str] = []
     for pair in pairs:
@@ -166,7 +174,14 @@ def parse_stage(text: str) -> tuple[Path, dict[str, Any]]:
                 raise ValueError(f"[chain] --then {text}: {pair} is no number") from None
         else:
             conditions.append(pair)
-    return Path(folder), stage | ({"condition": parse_conditions(spec, conditions)} if conditions else {})
+    return stage | ({"condition": parse_conditions(spec, conditions)} if conditions else {})
+
+
+def _read(folder: Path) -> ArtifactSpec:
+    spec = read_manifest(folder)
+    if isinstance(spec, ArtifactSpec):
+        return spec
+    raise ValueError(f"[chain] {spec.name} is no diffusion model, and a chain has no others; sample it alone")
 
 
 def _checked(stage: Stage, number: int) -> Stage:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -118,9 +118,10 @@ def sample(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")] = False,
 ) -> None:
     """Sample volumes and write them as NIfTI."""
-    from .chain import parse_stage
+    from .chain import Chain, stage_folder
     from .condition_text import parse_weights
     from .default_artifact import default_artifact
+    from .engine_auto import resolve_engine
     from .pipeline import load
     from .sample_output import make_places, write_volumes
     from .sample_volumes import Asked, sample_volumes
@@ -141,18 +142,23 @@ def sample(
         condition=condition or (), negative=negative or (), mask=mask or (), size=parse_sizes("sample", size),
         image=None if image is None else read_nifti(image),
         inpaint=image_cli.read_inpaint(image, inpaint, resamples, jump_length, paste),
-        then=[parse_stage(text) for text in then or ()],
+        then=then or (),
     )  # fmt: skip
+    later = list(map(stage_folder, asked.then))
     folder = artifact or default_artifact(controlled=bool(mask))
-    model = load(folder, engine, threads, memory_limit)
+    model: Any
+    if later:  # whose stages are opened in turn
+        model = Chain([folder, *later], engine, threads, memory_limit)
+        names = [spec.name for spec in model.specs]
+        runs: str = resolve_engine(engine, threads)[0]
+    else:
+        model = load(folder, engine, threads, memory_limit)
+        names, runs = [model.spec.name], f"{model.engine.name}, {model.engine.threads} threads"
     if not quiet:
-        typer.echo(
-            f"volcast: {model.spec.name} on {model.engine.name}, {model.engine.threads} threads", err=True
-        )
-    opening = {"engine": engine, "threads": threads, "memory_limit": memory_limit}
+        typer.echo(f"volcast: {', then '.join(names)} on {runs}", err=True)
     with progress(shown=not quiet and (sys.stderr.isatty() or not as_json)) as on_step:
-        volumes = sample_volumes(model, folder, asked, opening, count, seed, batch=batch, on_step=on_step)
-        lines = write_volumes(places, volumes, model.spec.name, seed)
+        volumes = sample_volumes(model, asked, count, seed, batch=batch, on_step=on_step)
+        lines = write_volumes(places, volumes, names[0], seed)
     if as_json:
         typer.echo(json.dumps([line.fields for line in lines]))
     elif not quiet:

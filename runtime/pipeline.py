@@ -80,6 +80,14 @@ def load(
         from .token_model import load_tokens
 
         return load_tokens(folder, spec, engine, threads, memory_limit, active + queue)
+    return open_model(folder, spec, engine, threads, memory_limit, active=active, queue=queue)
+
+
+def open_model(
+    folder: Path, spec: ArtifactSpec, engine: str | Engine, threads: int | None, memory_limit: int | str | None, *,
+    active: int = 64, queue: int = 256,
+) -> Model:  # fmt: skip
+    """`load` of an artifact whose manifest has been read, and its files checked, before."""
     opened = engine if isinstance(engine, Engine) else open_engine(engine, threads, memory_limit)
     limit = None if memory_limit is None or engine == "cuda" else parse_bytes("load", memory_limit)
     return Model(folder, spec, opened, limit, active=active, queue=queue)

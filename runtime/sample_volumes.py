@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, final
 
-from .chain import Chain
+from .chain import Chain, parse_stage
 from .condition_text import mask_texts, parse_conditions
 from .generator_model import GeneratorModel, refuse_settings
 from .inpaint import Inpaint
@@ -26,7 +25,7 @@ class Asked:
         settings: of diffusion models.
         choice: `temperature`, `top_k` and `top_p` of token models.
         condition, negative, mask: texts; `size`: a latent's.
-        then: later stages, each an artifact and what a `Chain` takes for it.
+        then: texts, of the later stages of a chain.
     """
 
     settings: Settings
@@ -37,7 +36,7 @@ class Asked:
     size: tuple[int, ...] | None
     image: Volume | None
     inpaint: Inpaint | None
-    then: Sequence[tuple[Path, Mapping[str, Any]]]
+    then: Sequence[str]
 
     def given(self) -> dict[str, Any]:
         """What is for diffusion models, by option; false where it was left out."""
@@ -45,15 +44,14 @@ class Asked:
         own |= {name: self.settings[name] is not None for name in ("label", "scale")}
         more = {
             "mask": self.mask, "size": self.size, "image": self.image, "inpaint": self.inpaint, "negative": self.negative,
-            "then": self.then,
         }  # fmt: skip
         return {**self.settings, **own, **more}
 
 
 def sample_volumes(
-    model: Any, folder: Path, asked: Asked, opening: Mapping[str, Any], n: int, seed: int, *, batch: int, on_step: OnStep
-) -> Iterator[Volume]:  # fmt: skip
-    """The `n` volumes of each guidance weight. `folder`, `opening`: as `load` was given them, for stages to come.
+    model: Any, asked: Asked, n: int, seed: int, *, batch: int, on_step: OnStep
+) -> Iterator[Volume]:
+    """The `n` volumes of each guidance weight. `model`: as `load` opened it, or the `Chain` with the stages asked for.
 
     Raises ValueError: options of another kind of model, by name, or what the model raises.
     """
@@ -63,16 +61,16 @@ def sample_volumes(
         refuse_settings(
             model.spec, {name: one for name, one in given.items() if name not in ("mask", "image")}
         )
-    conditions = parse_conditions(model.spec, [*asked.condition, *mask_texts(model.spec, asked.mask)])
+    spec = model.specs[0] if isinstance(model, Chain) else model.spec
+    conditions = parse_conditions(spec, [*asked.condition, *mask_texts(spec, asked.mask)])
     common: dict[str, Any] = {"batch": batch, "condition": conditions, "on_step": on_step}
     if isinstance(model, TokenModel):
         return model.sample_many(n, seed, **common, **choice)
     if isinstance(model, GeneratorModel):
         return model.sample_many(n, seed, **common, image=asked.image)
-    common["negative"] = parse_conditions(model.spec, asked.negative) if asked.negative else None
+    common["negative"] = parse_conditions(spec, asked.negative) if asked.negative else None
     common |= {"image": asked.image, "inpaint": asked.inpaint, "size": asked.size, **asked.settings}
-    if not asked.then:
-        volumes: Iterator[Volume] = model.sample_many(n, seed, **common)
-        return volumes
-    chain = Chain([folder, *(path for path, _ in asked.then)], **opening)
-    return chain.sample_many(n, seed, then=[stage for _, stage in asked.then], **common)
+    if isinstance(model, Chain):
+        common["then"] = list(map(parse_stage, asked.then, model.specs[1:]))
+    volumes: Iterator[Volume] = model.sample_many(n, seed, **common)
+    return volumes

@@ -16,7 +16,7 @@ from upscaler_bundles import export_upscaler
 
 import volcast
 from volcast.__main__ import app
-from volcast.runtime import pipeline
+from volcast.runtime import artifact, pipeline
 from volcast.runtime.chain import parse_stage
 from volcast.runtime.engine_onnxruntime import OnnxRuntimeEngine
 from volcast.runtime.pipeline import load
@@ -184,7 +184,12 @@ def test_on_the_command_line(
         "1.5",
         *(f"-c{name}={value}" for name, value in GIVEN.items()),
     ]
-    assert app([*given, "-n2", "--then", f"{upscaler},steps=1,batch=2,noise_level=40"]) == 0
+    read: list[Path] = []
+    digest = artifact.sha256
+    with monkeypatch.context() as patch:
+        patch.setattr(artifact, "sha256", lambda path: read.append(path) or digest(path))
+        assert app([*given, "-n2", "--then", f"{upscaler},steps=1,batch=2,noise_level=40"]) == 0
+    assert len(read) == len(set(read)) > 0  # no file is checked twice
     chain = volcast.chain(twice, engine="onnxruntime", threads=1)
     for number, wanted in enumerate(chain.sample_many(2, 7, then=[THEN], **FIRST)):
         image = nibabel.load(tmp_path / f"out_{number}.nii.gz")
@@ -200,7 +205,7 @@ def test_on_the_command_line(
     ):
         assert app([*given, "--then", text]) == 2
         assert message in capfd.readouterr().err
-    assert parse_stage(f"{upscaler},steps=3,eta=0.5,scheduler=ddim")[1] == {
+    assert parse_stage(f"{upscaler},steps=3,eta=0.5,scheduler=ddim", chain.specs[1]) == {
         "steps": 3,
         "eta": 0.5,
         "scheduler": "ddim",
