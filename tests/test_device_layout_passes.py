@@ -87,8 +87,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("axes", [2, 3])
+@pytest.mark.parametrize(("axes", "name"), [(2, "self"), (2, "cross"), *((3, name) for name in NETWORKS)])
 def test_monai_s_attentions(name: str, axes: int, tmp_path: Path) -> None:
     settings = NETWORKS[name]
     unet = DiffusionModelUNet(

@@ -50,7 +50,6 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
     "MAISI, class labels, added in place": ({**MAISI, "num_class_embeds": 4}, {"class_labels": (), "spacing_tensor": (3,), "top_region_index_tensor": (4,)}),
     "SPADE": ({"label_nc": 3, "spade_intermediate_channels": 8}, {"seg": (3, 4, 8, 4)}),
     "concatenated image": ({"in_channels": 5}, {"concat": (2, 4, 8, 4)}),
-    "MAISI": (MAISI, {"top_region_index_tensor": (4,), "spacing_tensor": (3,)}),
 }  # fmt: skip
 
 
