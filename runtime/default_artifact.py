@@ -16,6 +16,8 @@ from .atomic import sha256
 
 NAME = "hippocampus"
 BUNDLE = Path(volcast.__file__).parent / "models" / NAME
+SOURCES = tuple(Path(volcast.__file__).parent / folder for folder in ("kernels", "runtime", "export"))
+"""What an export may import of volcast."""
 
 
 def default_artifact(controlled: bool = False) -> Path:
@@ -23,8 +25,8 @@ def default_artifact(controlled: bool = False) -> Path:
 
     `controlled`: with the ControlNet that takes a label map.
 
-    It lives in `$XDG_CACHE_HOME/volcast` (or `~/.cache/volcast`) under a name made of volcast's version and the
-    bundle's bytes, so that neither an upgrade nor another bundle meets an old artifact. The export runs as
+    It lives in `$XDG_CACHE_HOME/volcast` (or `~/.cache/volcast`) under a name made of volcast's version, the bundle's
+    bytes and the export's sources, so that neither an upgrade nor another bundle meets an old artifact. The export runs as
     `python -m volcast export` in a process of its own: this one never imports torch.
 
     Raises:
@@ -67,7 +69,10 @@ def _key() -> str:
     if not BUNDLE.is_dir():
         raise ValueError(f"[load] {BUNDLE} is missing; install volcast again, or give an artifact")
     digest = hashlib.sha256(volcast.__version__.encode())
-    for path in sorted(BUNDLE.rglob("*")):
+    files = [(BUNDLE, path) for path in sorted(BUNDLE.rglob("*"))]
+    # All of them: a list of those that matter would be forgotten, and an export takes a minute.
+    files += [(folder, path) for folder in SOURCES for path in sorted(folder.rglob("*.py"))]
+    for folder, path in files:
         if path.is_file():
-            digest.update(f"{path.relative_to(BUNDLE).as_posix()} {sha256(path)}\n".encode())
+            digest.update(f"{folder.name}/{path.relative_to(folder).as_posix()} {sha256(path)}\n".encode())
     return digest.hexdigest()[:16]

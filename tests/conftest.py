@@ -321,8 +321,11 @@ def default_cache(shared_folder: Any) -> Path:
 @pytest.fixture(scope="session")
 def default_artifact_folder(default_cache: Path) -> Path:
     """The bundled hippocampus model, exported in float32. Copy it before a change."""
-    (folder,) = (default_cache / "volcast").iterdir()
-    return folder
+    from volcast.runtime.default_artifact import default_artifact
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(default_cache))
+        return default_artifact()
 
 
 @pytest.fixture(scope="session")

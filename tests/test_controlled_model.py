@@ -17,7 +17,7 @@ from volcast.__main__ import app
 from volcast.export.bundle import read_bundle
 from volcast.export.verify import verify
 from volcast.runtime.artifact import read_artifact
-from volcast.runtime.default_artifact import BUNDLE
+from volcast.runtime.default_artifact import BUNDLE, default_artifact
 
 EXAMPLE = Path(__file__).parent.parent / "docs" / "examples" / "label_map.py"
 AFFINE = np.array([[1.0, 0, 0, 5], [0, 1, 0, -7], [0, 0, 1, 9], [0, 0, 0, 1]])
@@ -25,8 +25,9 @@ AFFINE = np.array([[1.0, 0, 0, 5], [0, 1, 0, -7], [0, 0, 1, 9], [0, 0, 0, 1]])
 
 @pytest.fixture(scope="module")
 def artifact(controlled_cache: Path) -> Path:
-    (folder,) = (controlled_cache / "volcast").iterdir()
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(controlled_cache))
+        return default_artifact(controlled=True)
 
 
 @pytest.fixture(scope="module")

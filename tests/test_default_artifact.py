@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_layering import ALLOWED
 
 from volcast.runtime import default_artifact as module
 from volcast.runtime.default_artifact import BUNDLE, default_artifact
@@ -42,17 +43,28 @@ def test_it_is_exported_once(gaussian: Path, cache: Path, monkeypatch: pytest.Mo
     assert load(engine="onnxruntime").spec.name == "gaussian"
 
 
-def test_the_name_follows_the_bundle_and_the_version(cache: Path, tmp_path: Path, monkeypatch) -> None:
-    bundle = tmp_path / "bundle"
+def test_the_name_follows_all_that_an_export_may_import() -> None:
+    assert {folder.name for folder in module.SOURCES} == ALLOWED["export"]
+    assert all((folder / "__init__.py").is_file() for folder in module.SOURCES)
+
+
+def test_the_name_follows_the_bundle_the_version_and_the_sources(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, sources = tmp_path / "bundle", tmp_path / "export"
+    (sources / "passes").mkdir(parents=True)
     bundle.mkdir()
     monkeypatch.setattr(module, "BUNDLE", bundle)
+    monkeypatch.setattr(module, "SOURCES", (sources,))
     keys = []
-    for text in ("a", "b"):
-        (bundle / "weights").write_text(text)
-        keys.append(module._key())
+    for path in (bundle / "weights", sources / "artifact.py", sources / "passes" / "fold.py"):
+        for text in ("a", "b"):
+            path.write_text(text)
+            keys.append(module._key())
+            assert module._key() == keys[-1]
     monkeypatch.setattr(module.volcast, "__version__", "9.9", raising=False)
     keys.append(module._key())
-    assert len(set(keys)) == 3
+    assert len(set(keys)) == 7
 
 
 def test_a_failed_export_and_missing_packages_are_told(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
