@@ -113,6 +113,7 @@ def test_events_tell_all_and_volumes_are_fetched(client: httpx.Client, model: Mo
         ({"size": [4, 4]}, "size=[4, 4]: need the latent's sizes"),
         ({"size": [3, 4, 4]}, "d0=3: need 2..16 and a multiple of 2"),
         ({"sead": 1}, "unknown field 'sead'; known: seed"),
+        ({"\ud800": 1}, r"unknown field '\ud800'"),
         ({"output_format": "float32"}, "unknown field 'output_format'"),
         ({"region": "x"}, "unknown field 'region'"),
         ({"condition": {"anterior": 2}}, "anterior=2.0: need 0..1"),

@@ -36,7 +36,7 @@ LIMITS = Limits(rate=1e6, body_bytes=2**16, file_bytes=2**17, voxels=8 * 12 * 8,
 GOOD: dict[str, Any] = {"seed": 5, "steps": 4, "condition": {"anterior": 0.25}}
 NAMES = ["seed", "num_samples", "steps", "scheduler", "guidance", "size", "priority", "deadline_s", "progress_every",
          "preview_every", "condition", "context", "anterior", "output_format", "image", "strength", "region", "negative",
-         "inpaint", "mask", "resamples", "paste", ""]  # fmt: skip
+         "inpaint", "mask", "resamples", "paste", "", "\ud800"]  # fmt: skip
 
 numbers = st.one_of(
     st.integers(-2, 70), st.integers(), st.floats(), st.sampled_from([2**31, 2**32, 2**63, 2**64 - 1, 2**64, -1, 1e308, 1e-320])

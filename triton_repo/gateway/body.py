@@ -101,14 +101,16 @@ class BodyReader:
     def _typed(self, given: Any) -> dict[str, Any]:
         if not isinstance(given, dict):
             raise ValueError('[request] the body is no JSON object; write {"steps": 25}')  # noqa: TRY004  (of the request)
+        # Not left to pydantic, which tells no place of a name that is no UTF-8.
+        for name in given:
+            if name not in self._schema.model_fields:
+                known = ", ".join(self._schema.model_fields)
+                raise ValueError(f"[request] unknown field {reprlib.repr(name)}; known: {known}")
         try:
             return self._schema.model_validate(given).model_dump(exclude_none=True)
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False)[0]
             name = str(first["loc"][0])
-            if name not in self._schema.model_fields:
-                known = ", ".join(self._schema.model_fields)
-                raise ValueError(f"[request] unknown field {reprlib.repr(name)}; known: {known}") from error
             need = self._schema.model_fields[name].description
             raise ValueError(f"[request] {name}={reprlib.repr(given[name])}: need {need}") from error
 
