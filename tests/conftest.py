@@ -380,12 +380,13 @@ def token_artifact_folder(shared_folder: Any) -> Path:
 
 
 @pytest.fixture(scope="session")
-def built(default_artifact_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled model with device programs in float32. Copy it before a change."""
+def built(default_artifact_folder: Path, shared_folder: Any) -> Path:
+    """The bundled model with device programs in float32, once for all. Copy it before a change."""
     from volcast.export.to_cuda import build_cuda
     from volcast.runtime.spec import Precision
 
-    folder = tmp_path_factory.mktemp("built") / "hippocampus"
-    shutil.copytree(default_artifact_folder, folder)
-    build_cuda(folder, precision=Precision.FP32)
-    return folder
+    def make(folder: Path) -> None:
+        shutil.copytree(default_artifact_folder, folder)
+        build_cuda(folder, precision=Precision.FP32)
+
+    return shared_folder("built", make)

@@ -156,7 +156,7 @@ def mutate(manifest: Any, path: tuple, kind: str, leaf: Any) -> Any:
     return manifest
 
 
-@settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_mutated_manifests_are_read_or_refused_in_one_line(gaussian: Path, data: st.DataObject) -> None:
     manifest = copy.deepcopy(json.loads((gaussian / "manifest.json").read_text()))
