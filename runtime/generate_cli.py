@@ -24,7 +24,7 @@ def generate(
     context: typer.Context,
     artifact: Artifact = None,
     num: Annotated[
-        int | None, typer.Option("--num", "-n", min=1, help="Volumes that the dataset is to hold.")
+        int | None, typer.Option("--num", "-n", help="Volumes that the dataset is to hold.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The dataset's folder.")] = None,
     seed: Annotated[int, typer.Option(help="Volume i takes its noise from (seed, i).")] = 0,

@@ -158,7 +158,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         ("sample", str(folder), "-c", f"mask=@{tmp_path / 'small.nii.gz'}"): "the whole (16, 32, 8)",
         ("verify", str(folder), str(tmp_path / "bundle"), "--steps", "3"): "--steps: bundle makes an image in one pass",
         ("verify", str(folder)): "[verify] BUNDLE: give the bundle",
-        ("generate", str(folder), "--out", str(tmp_path / "set"), "--num", "1"): "makes an image in one pass: sample, verify and info",
+        ("generate", str(folder), "--out", str(tmp_path / "set"), "--num", "1", "--steps", "3"): "steps: bundle makes an image in one pass; known: none",
         ("quantize", str(folder), "-o", str(tmp_path / "int8")): "makes an image in one pass",
         ("pack", str(folder), "-o", str(tmp_path / "pack.tar")): "makes an image in one pass",
         ("build", str(folder), "--target", "cuda"): "makes an image in one pass",
@@ -182,7 +182,8 @@ def test_bad_input(gan: Path) -> None:
     with pytest.raises(ValueError, match=r"\[load\] memory_limit: "):
         load(gan / "artifact", memory_limit="1GiB")
     with pytest.raises(
-        ValueError, match="makes an image in one pass: sample, verify and info take it, give a diffusion"
+        ValueError,
+        match="makes an image in one pass: sample, serve, generate, verify and info take it, give a diffusion",
     ):
         read_artifact(gan / "artifact")
     model = load(gan / "artifact", "onnxruntime", threads=1)
