@@ -31,23 +31,27 @@ CONTEXT = RNG.standard_normal((77, 1024)).astype(np.float32)
 ZOO: dict[str, tuple[Published, dict[str, Any], float | None]] = {
     "mednist_ddpm": (
         Published(config="mednist_ddpm", settings={
-            "image_dim": 16, "network_def#channels": [32, 64, 64], "network_def#num_head_channels": 32,
+            "image_dim": 16, "network_def#channels": [32, 64], "network_def#attention_levels": [False, True],
+            "network_def#num_head_channels": 32,
         }), {}, None),
     "cxr": (
         Published(config="cxr", generative=True, settings={
-            "latent_shape": [3, 8, 8], "context_tokens": 77, "autoencoder_def#num_channels": [32, 32, 32, 32],
-            "diffusion_def#num_channels": [32, 64, 64], "diffusion_def#num_head_channels": [0, 64, 64],
+            "latent_shape": [3, 8, 8], "context_tokens": 77, "autoencoder_def#num_channels": [32, 32],
+            "autoencoder_def#attention_levels": [False, False], "diffusion_def#num_channels": [32, 64],
+            "diffusion_def#attention_levels": [False, True], "diffusion_def#num_head_channels": [0, 64],
             "autoencoder_def#num_res_blocks": 1, "diffusion_def#num_res_blocks": 1,
         }), {"context": CONTEXT}, None),
     "2d_ldm": (
         Published(config="ldm_2d", settings={
             "diffusion_train#patch_size": [32, 64], "autoencoder_def#channels": [32, 32, 32],
-            "diffusion_def#channels": [32, 32, 64, 64], "autoencoder_def#num_res_blocks": 1, "diffusion_def#num_res_blocks": 1,
+            "diffusion_def#channels": [32, 64], "diffusion_def#attention_levels": [False, True],
+            "diffusion_def#num_head_channels": [0, 32], "autoencoder_def#num_res_blocks": 1, "diffusion_def#num_res_blocks": 1,
         }), {}, None),
     "3d_ldm": (
         Published(config="ldm_3d", generative=True, settings={
             "diffusion_train#patch_size": [16, 32, 16], "autoencoder_def#num_channels": [32, 32, 32],
-            "diffusion_def#num_channels": [32, 64, 64], "autoencoder_def#num_res_blocks": 1, "diffusion_def#num_res_blocks": 1,
+            "diffusion_def#num_channels": [32, 64], "diffusion_def#attention_levels": [False, True],
+            "diffusion_def#num_head_channels": [0, 64], "autoencoder_def#num_res_blocks": 1, "diffusion_def#num_res_blocks": 1,
         }), {}, None),
     "2d_ddpm": (
         Published(config="ddpm_2d", settings={
@@ -55,16 +59,17 @@ ZOO: dict[str, tuple[Published, dict[str, Any], float | None]] = {
         }), {}, None),
     "3d_ddpm": (
         Published(config="ddpm_3d", settings={
-            "latent_shape": [1, 8, 12, 8], "network_def#channels": [32, 32, 64], "network_def#num_head_channels": [0, 0, 64],
-            "network_def#num_res_blocks": 1,
+            "latent_shape": [1, 8, 12, 8], "network_def#channels": [32, 64], "network_def#attention_levels": [False, True],
+            "network_def#num_head_channels": [0, 64], "network_def#num_res_blocks": 1,
         }), {}, None),
     "classifier_free_guidance": (
         Published(config="class_guided_2d", settings={
-            "latent_shape": [1, 16, 16], "network_def#channels": [32, 32, 32], "network_def#num_head_channels": 32,
+            "latent_shape": [1, 16, 16], "network_def#channels": [32, 32], "network_def#attention_levels": [False, True],
+            "network_def#num_head_channels": 32,
         }), {"context": [[1.0]]}, None),
     "2d_diffusion_autoencoder": (
         Published(config="diffusion_autoencoder_2d", settings={
-            "latent_shape": [1, 16, 16], "network_def#channels": [32, 64, 64],
+            "latent_shape": [1, 16, 16], "network_def#channels": [32, 64], "network_def#attention_levels": [False, True],
         }), {"context": RNG.standard_normal((64, 1))}, None),
 }  # fmt: skip
 VQVAE_LATENTS = Published(config="vqvae_ldm_3d", settings={
