@@ -15,7 +15,7 @@ from monai.apps.generation.maisi.networks.controlnet_maisi import ControlNetMais
 from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
 from monai.networks.nets.autoencoderkl import AutoencoderKL
 from monai.networks.nets.controlnet import ControlNet
-from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
+from monai.networks.nets.diffusion_model_unet import DiffusionModelEncoder, DiffusionModelUNet
 from monai.networks.nets.generator import Generator
 from monai.networks.nets.spade_autoencoderkl import SPADEAutoencoderKL
 from monai.networks.nets.spade_diffusion_model_unet import SPADEDiffusionModelUNet
@@ -152,6 +152,13 @@ _KINDS = (
         role="transformer",
         target=_MONAI + "DecoderOnlyTransformer",
         renamed={},
+        fixed={"use_flash_attention": False},
+    ),
+    NetworkKind(
+        network=DiffusionModelEncoder,
+        role="classifier",
+        target=_MONAI + "DiffusionModelEncoder",
+        renamed={"num_channels": "channels"},
         fixed={"use_flash_attention": False},
     ),
 )

@@ -254,28 +254,32 @@ def _read(
 ) -> Any:
     from .bundle import read_bundle
 
-    files, values = _files(weights), _settings(settings)
+    files, values = weight_files(weights), config_settings(settings)
     return read_bundle(bundle, config=config, weights=files, settings=values, controlnets=controlnets)
 
 
 def _read_tokens(bundle: Path, config: Path | None, weights: list[str], settings: list[str]) -> Any:
     from .transformer_bundle import read_transformer
 
-    files, values = _files(weights), _settings(settings)
+    files, values = weight_files(weights), config_settings(settings)
     return read_transformer(bundle, config=config, weights=files, settings=values)
 
 
 def _read_generator(bundle: Path, config: Path | None, weights: list[str], settings: list[str]) -> Any:
     from .generator_bundle import read_generator
 
-    return read_generator(bundle, config=config, weights=_files(weights), settings=_settings(settings))
+    return read_generator(
+        bundle, config=config, weights=weight_files(weights), settings=config_settings(settings)
+    )
 
 
-def _files(weights: list[str]) -> dict[str, Path]:
+def weight_files(weights: list[str]) -> dict[str, Path]:
+    """`--weights ROLE=FILE` by role (ValueError: no pair)."""
     return {key: Path(value) for key, value in (_pair(text, "--weights") for text in weights)}
 
 
-def _settings(settings: list[str]) -> dict[str, Any]:
+def config_settings(settings: list[str]) -> dict[str, Any]:
+    """`--set KEY=VALUE` by key (ValueError: no pair)."""
     return {key: _value(value) for key, value in (_pair(text, "--set") for text in settings)}
 
 

@@ -71,7 +71,7 @@ def read_generator(
     if unknown:
         raise ValueError(f"[bundle] --weights {unknown[0]}=...: need generator=FILE")
     plan = _network(read)
-    path, keys = _weight_file(read, root, plan, weights or {})
+    path, keys = weight_file(read, root, plan, weights or {})
     LargeFiles(root).check(path)
     checkpoint = read_checkpoint(path)
     given = read.need("generator_weights_key") if "generator_weights_key" in read else None
@@ -131,13 +131,14 @@ def _network(read: Config) -> NetworkPlan:
     return plan_network(ids[0], str(read.raw(ids[0]).get("_target_")), arguments)
 
 
-def _weight_file(
+def weight_file(
     read: Config, root: Path, plan: NetworkPlan, weights: Mapping[str, Path]
 ) -> tuple[Path, tuple[str, ...]]:
-    """The file and the keys inside it."""
-    remedy = "give the file with --weights generator=FILE"
-    if "generator" in weights:
-        return Path(weights["generator"]), ()
+    """The file of the config's one network, and the keys inside it. ValueError: none that can be read."""
+    role = plan.kind.role
+    remedy = f"give the file with --weights {role}=FILE"
+    if role in weights:
+        return Path(weights[role]), ()
     source = scan(read)[0].get(plan.id)
     path, keys = ("", ()) if source is None else (source.path, source.keys)
     loaders = [

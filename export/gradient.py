@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -42,13 +43,18 @@ PROGRAM = "gradient"
 
 
 def add_classifier(
-    artifact: Path, classifier: nn.Module, folder: Path, *, replace: bool = False
+    artifact: Path,
+    classifier: nn.Module,
+    folder: Path,
+    *,
+    replace: bool = False,
+    provenance: Mapping[str, str] = MappingProxyType({}),
 ) -> ArtifactSpec:
     """A copy of `artifact` in `folder` with the program `gradient` of a classifier; its manifest.
 
     `classifier(x, timesteps)` gives logits `[N, classes]` for x as noisy as the diffusion model's at timesteps float
     `[N]`: MONAI's DiffusionModelEncoder, trained with the artifact's noise schedule on its latents (times the scale
-    factor) or images, of the size `latent_shape`. The program takes `label` int64 `[N]` besides, and gives `gradient`,
+    factor) or images, of the size `latent_shape`. `provenance`: what the manifest says of it. The program takes `label` int64 `[N]` besides, and gives `gradient`,
     that of log p(label | x) by x, and `log_p` `[N, classes]`.
 
     Raises:
@@ -60,7 +66,11 @@ def add_classifier(
         shutil.copytree(artifact, temporary, dirs_exist_ok=True)
         program = write_gradient(classifier, spec.latent_shape, temporary / f"{PROGRAM}.onnx")
         with_gradient = spec.model_copy(
-            update={"programs": {**spec.programs, PROGRAM: program}, "files": digests(temporary)}
+            update={
+                "programs": {**spec.programs, PROGRAM: program},
+                "files": digests(temporary),
+                "provenance": {**spec.provenance, **provenance},
+            }
         )
         (temporary / MANIFEST).write_text(with_gradient.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return with_gradient

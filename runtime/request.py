@@ -127,7 +127,7 @@ def _check_label(spec: ArtifactSpec, label: int | None) -> None:
         return
     if "gradient" not in spec.programs:
         raise ValueError(
-            f"[sample] label={label}: {spec.name} has no classifier; add one with volcast.export.gradient.add_classifier"
+            f"[sample] label={label}: {spec.name} has no classifier; add one with `volcast classifier`"
         )
     classes = int(spec.programs["gradient"].outputs[1].shape[1])
     if not 0 <= label < classes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from monai.networks.nets.diffusion_model_unet import DiffusionModelEncoder
 from torch import Tensor, nn
 from torch.nn import functional
 
+from volcast.__main__ import app
 from volcast.export.gradient import add_classifier, write_gradient
 from volcast.runtime.artifact import read_artifact
 from volcast.runtime.engine_auto import open_engine
@@ -89,6 +91,39 @@ def test_layer_norm_gelu_softmax_and_pool(tmp_path: Path) -> None:
     network = anomaly_models.randomised(Tokens(), 3, 0.5)
     path = tmp_path / "gradient.onnx"
     check(path, write_gradient(network, anomaly_models.SHAPE, path), network)
+
+
+def test_the_command_reads_a_bundle_s_classifier(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same program to the byte as of the network itself, whatever its weights are called."""
+    arguments = {
+        "spatial_dims": 2, "in_channels": 1, "out_channels": anomaly_models.CLASSES, "input_shape": [8, 12],
+        "num_res_blocks": 1, "num_channels": [8, 16], "attention_levels": [False, True], "norm_num_groups": 4,
+        "num_head_channels": 8,
+    }  # fmt: skip
+    config = {
+        "classifier_def": {"_target_": "DiffusionModelEncoder", **arguments},
+        "other": {"_target_": "VQVAE"},
+    }
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "inference.json").write_text(json.dumps(config))
+    torch.save(anomaly_models.classifier().state_dict(), tmp_path / "classifier.pt")
+    words = ["classifier", str(small / "plain"), str(tmp_path), "-o", str(tmp_path / "out")]
+    assert app(words) == 2
+    assert "--weights classifier=FILE" in capsys.readouterr().err
+    assert (
+        app([*words, "--set", "classifier=other", "--weights", f"classifier={tmp_path / 'classifier.pt'}"])
+        == 2
+    )
+    assert "need one DiffusionModelEncoder" in capsys.readouterr().err
+    assert app([*words, "--weights", f"classifier={tmp_path / 'classifier.pt'}"]) == 0
+    assert "a classifier of 3 classes" in capsys.readouterr().out
+    made, wanted = (read_artifact(folder) for folder in (tmp_path / "out", small / "classified"))
+    assert made.files["gradient.onnx"] == wanted.files["gradient.onnx"]
+    assert made.provenance["classifier_file"] == "classifier.pt"
+    assert app(words) == 2
+    assert "exists" in capsys.readouterr().err
 
 
 def test_what_is_refused(small: Path, tmp_path: Path) -> None:

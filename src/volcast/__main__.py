@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -12,6 +13,7 @@ from typer.core import TyperGroup
 
 COMMANDS = {
     "export": "volcast.export.cli",
+    "classifier": "volcast.export.classifier_cli",
     "build": "volcast.export.build_cli",
     "sample": "volcast.runtime.cli",
     "verify": "volcast.export.cli",
@@ -64,8 +66,11 @@ def _command(arguments: Sequence[str] | None) -> str:
 def app(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
-    Exit codes: 0 done, 1 a failed verification, 2 bad input (one line on stderr), 130 interrupted.
+    Exit codes: 0 done, 1 a failed verification, 2 bad input (one line on stderr), 130 interrupted, 141 nobody reads on.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started this process
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     group = typer.Typer(
         cls=_Lazy, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
     )
@@ -73,7 +78,7 @@ def app(arguments: Sequence[str] | None = None) -> int:
     try:
         typer.main.get_command(group)(args=arguments, prog_name="volcast")
     except SystemExit as exit:
-        return int(exit.code or 0)
+        return 141 if isinstance(exit.__context__, BrokenPipeError) else int(exit.code or 0)
     except KeyboardInterrupt:
         return 130
     except ModuleNotFoundError as error:
