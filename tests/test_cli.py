@@ -1,5 +1,6 @@
 """The command line: outputs, exit codes, one-line errors, what it imports."""
 
+import functools
 import json
 import os
 import shutil
@@ -186,6 +187,26 @@ def test_ctrl_c_is_130_and_leaves_nothing(gaussian: Path, tmp_path: Path) -> Non
     assert not [name for name in files if name.startswith(".tmp")]
     for name in files:
         assert nibabel.load(tmp_path / name).get_fdata().shape == (8, 12, 8)
+
+
+def test_a_closed_stderr_and_a_reader_that_is_gone(gaussian: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "volcast",
+        "sample",
+        str(gaussian),
+        "--steps",
+        "1",
+        "--engine",
+        "onnxruntime",
+    ]
+    command += ["-o", str(tmp_path / "out.nii")]
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run(command, stdout=writes, check=False, preexec_fn=functools.partial(os.close, 2))
+    os.close(writes)
+    assert done.returncode == 141 and (tmp_path / "out.nii").is_file()
 
 
 @pytest.mark.parametrize("command", ["export", "verify"])
