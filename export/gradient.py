@@ -54,8 +54,8 @@ def add_classifier(
 
     `classifier(x, timesteps)` gives logits `[N, classes]` for x as noisy as the diffusion model's at timesteps float
     `[N]`: MONAI's DiffusionModelEncoder, trained with the artifact's noise schedule on its latents (times the scale
-    factor) or images, of the size `latent_shape`. `provenance`: what the manifest says of it. The program takes `label` int64 `[N]` besides, and gives `gradient`,
-    that of log p(label | x) by x, and `log_p` `[N, classes]`.
+    factor) or images, of the size `latent_shape`. The program takes `label` int64 `[N]` besides, and gives `gradient`,
+    that of log p(label | x) by x, and `log_p` `[N, classes]`. `provenance`: what the manifest says of the classifier.
 
     Raises:
         ValueError: no artifact of a diffusion model; a classifier for another shape, or with an operator that has no
