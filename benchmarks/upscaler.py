@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from volcast.export.artifact import export_bundle
 from volcast.export.bundle import read_bundle
-from volcast.export.similarity import psnr, ssim
+from volcast.export.similarity import ssim
 from volcast.runtime.default_artifact import BUNDLE
 from volcast.runtime.pipeline import load
 
@@ -47,13 +47,19 @@ def enlarged(x: Image) -> NDArray[np.float32]:
     return x.astype(np.float32)
 
 
+def psnr(x: Image, wanted: Image) -> float:
+    """In dB, for intensities of 0..1."""
+    return -10 * float(np.log10(np.square(x - wanted).mean()))
+
+
 def sharpness(x: Image) -> float:
+    """The root of the mean squared difference of neighbours, summed over the axes."""
     return float(np.sqrt(sum(np.square(np.diff(x, axis=axis)).mean() for axis in range(x.ndim))))
 
 
 def judged(x: Image, crop: Image) -> list[float]:
     pair = x[None, None].astype(np.float32), crop[None, None]
-    return [psnr(*pair, peak=1), ssim(*pair, peak=1), sharpness(x) / sharpness(crop)]
+    return [psnr(x, crop), ssim(*pair, peak=1), sharpness(x) / sharpness(crop)]
 
 
 def main(arguments: list[str]) -> None:

@@ -8,35 +8,9 @@ near each comes (PSNR), and how sharp it is; one picture of all.
 import argparse
 from pathlib import Path
 
-import numpy as np
-
 import volcast
+from volcast.benchmarks.upscaler import coarsened, enlarged, psnr, sharpness
 from volcast.runtime.picture import mosaic, save_picture
-
-
-def coarsened(x: np.ndarray) -> np.ndarray:
-    """Means over 2 x 2 x 2 voxels."""
-    return x.reshape([part for size in x.shape for part in (size // 2, 2)]).mean((1, 3, 5))
-
-
-def enlarged(x: np.ndarray) -> np.ndarray:
-    """Twice the size along each axis by linear interpolation: a new voxel is 3/4 its own old one, 1/4 the next to it."""
-    for axis in range(x.ndim):
-        x = np.moveaxis(x, axis, 0)
-        below, above = np.concatenate((x[:1], x[:-1])), np.concatenate((x[1:], x[-1:]))
-        both = np.stack((0.75 * x + 0.25 * below, 0.75 * x + 0.25 * above), 1)
-        x = np.moveaxis(both.reshape(-1, *x.shape[1:]), 0, axis)
-    return x.astype(np.float32)
-
-
-def psnr(x: np.ndarray, wanted: np.ndarray) -> float:
-    """In dB, for intensities of 0..1."""
-    return -10 * float(np.log10(np.square(x - wanted).mean()))
-
-
-def sharpness(x: np.ndarray) -> float:
-    """The root of the mean squared difference of neighbours, summed over the axes."""
-    return float(np.sqrt(sum(np.square(np.diff(x, axis=axis)).mean() for axis in range(x.ndim))))
 
 
 def main() -> None:
