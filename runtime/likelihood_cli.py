@@ -78,7 +78,8 @@ def likelihood(
                 else _bound(model, image, given, seed or 0, steps)
             )
         except ValueError as error:
-            raise ValueError(f"[likelihood] {path}: {error}") from error
+            reason = str(error).removeprefix("[likelihood] ")
+            raise ValueError(f"[likelihood] {path}: {reason}") from error
         rows.append({"path": str(path)} | row)
         if not as_json:  # each at once: what is found is not lost where a later file fails
             typer.echo(
