@@ -20,14 +20,14 @@ LATENT = (4, 4, 4)
 
 
 @pytest.fixture
-def run(default_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def run(default_cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
     """`run(name, *words) -> str`: what the example prints."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(default_cache))
 
     def started(name: str, *words: object) -> str:
         monkeypatch.setattr("sys.argv", [name, *map(str, words)])
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-        return capsys.readouterr().out
+        return capfd.readouterr().out
 
     return started
 

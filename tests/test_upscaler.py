@@ -42,12 +42,16 @@ def test_enlarged_keeps_what_is_linear() -> None:
 
 
 def test_the_example(
-    artifact: Path, default_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    artifact: Path,
+    default_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(default_cache))
     monkeypatch.setattr("sys.argv", ["upscale.py", str(artifact), str(tmp_path), "--steps", "3"])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
-    told = re.findall(r"([\w ]+): PSNR ([\d.]+) dB, sharpness ([\d.]+)\n", capsys.readouterr().out)
+    told = re.findall(r"([\w ]+): PSNR ([\d.]+) dB, sharpness ([\d.]+)\n", capfd.readouterr().out)
     psnr, sharp = ({name: float(row[place]) for name, *row in told} for place in (0, 1))
     assert list(psnr) == ["interpolated", "upscaled", "mean of 5"]
     assert sharp["interpolated"] < sharp["mean of 5"] < sharp["upscaled"]
