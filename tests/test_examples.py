@@ -18,6 +18,18 @@ EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 LATENT = (4, 4, 4)
 """MAISI's, a quarter of the volume along each axis."""
 
+LEVELS = {
+    "num_channels": [32, 64],
+    "attention_levels": [False, True],
+    "num_head_channels": [0, 32],
+    "num_res_blocks": 1,
+}
+MAISI: dict[str, dict[str, Any]] = {
+    "diffusion_unet_def": LEVELS,
+    "controlnet_def": LEVELS,
+    "autoencoder_def": {"num_channels": [32, 32, 32], "num_res_blocks": [1, 1, 1]},
+}
+
 
 @pytest.fixture
 def run(default_cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
@@ -56,14 +68,12 @@ def test_translate(run: Any, tmp_path: Path) -> None:
 
 
 def test_maisi(run: Any, zoo_bundle: Any, tmp_path: Path) -> None:
-    bundle = zoo_bundle("maisi_rflow", controlnets=["controlnet_def"], latent_shape=[4, *LATENT])
+    narrow = {f"{id}__{key}": value for id, values in MAISI.items() for key, value in values.items()}
+    bundle = zoo_bundle("maisi_rflow", ["controlnet_def"], latent_shape=[4, *LATENT], **narrow)
     # As a user's bundle has it: the config alone says what the networks are.
     file = tmp_path / "maisi_rflow" / "configs" / "inference.json"
-    config = json.loads(file.read_text())
-    narrow = json.loads((Path(__file__).parent / "configs" / "narrow.json").read_text())["maisi_rflow"]
-    for key, value in (narrow | {"latent_shape": [4, *LATENT]}).items():
-        id, _, argument = key.partition("#")
-        config |= {id: config[id] | {argument: value} if argument else value}
+    config = json.loads(file.read_text()) | {"latent_shape": [4, *LATENT]}
+    config |= {id: config[id] | values for id, values in MAISI.items()}
     file.write_text(json.dumps(config))
     shape = tuple(4 * size for size in LATENT)
     labels = np.zeros(shape, np.float32)
