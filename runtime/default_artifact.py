@@ -50,8 +50,8 @@ def default_artifact(controlled: bool = False) -> Path:
         ) from error
     command = [sys.executable, "-m", "volcast", "export", str(BUNDLE), "-o", str(folder)]
     command += ["--controlnet", "controlnet_def"] if controlled else []
-    # What the child prints is progress, and stdout may carry --json.
-    code = subprocess.run(command, stdout=sys.stderr, check=False).returncode
+    # What the child prints is progress, and stdout may carry --json. By number: a notebook's sys.stderr has no descriptor.
+    code = subprocess.run(command, stdout=2, check=False).returncode
     # Another process may have exported the same model meanwhile: what counts is that it is there.
     if not (folder / MANIFEST).is_file():
         raise ValueError(f"[load] exporting the bundled model failed (exit code {code}); see the lines above")
