@@ -126,7 +126,7 @@ def test_decode_and_encode(model: Model, oracle: Model) -> None:
 
 
 def test_a_memory_limit_decodes_in_slabs_with_the_whole_s_statistics(built: Path) -> None:
-    size = (16, 16, 8)
+    size = (8, 16, 8)
     whole = load(built, CudaEngine(DEVICE)).sample(9, size=size, steps=2)
     assert whole.report is not None
     limit = int(0.8 * whole.report.device_bytes)
