@@ -78,7 +78,9 @@ def parse_weights(text: str | None) -> float | list[float] | None:
             f"[sample] guidance={text}: need a number (2.5), numbers with commas between (1,2.5,7), or two whole ones (1..10)"
         ) from error
     if not 1 <= len(many[: MOST_WEIGHTS + 1]) <= MOST_WEIGHTS:
-        raise ValueError(f"[sample] guidance={text}: need 1..{MOST_WEIGHTS} weights, the smaller number first")
+        raise ValueError(
+            f"[sample] guidance={text}: need 1..{MOST_WEIGHTS} weights, the smaller number first"
+        )
     if len(set(many)) < len(many):
         raise ValueError(f"[sample] guidance={text}: a weight stands there twice; give each once")
     weights = [float(weight) for weight in many]

@@ -23,7 +23,20 @@ COUNT, MANY = 12, 400
 
 def arguments(artifact: Path, out: Path, *more: object) -> list[str]:
     # 1.7 is no float32: what a server reads must be the number itself.
-    fixed = ["generate", artifact, "--out", out, "--steps", 50, "--seed", 3, "--guidance", 1.7, "--negative", "anterior=0.9"]
+    fixed = [
+        "generate",
+        artifact,
+        "--out",
+        out,
+        "--steps",
+        50,
+        "--seed",
+        3,
+        "--guidance",
+        1.7,
+        "--negative",
+        "anterior=0.9",
+    ]
     return [str(word) for word in (*fixed, "-c", "anterior=uniform:0,1", "-c", "posterior=0.3", *more)]
 
 
