@@ -212,7 +212,7 @@ class Batching:
                     one.sampling.seconds.setdefault("first_step", time.perf_counter() - one.began)
                 try:
                     self._answer_one(event, one)
-                except Exception as error:  # noqa: BLE001  (a callback's, or the decoder's: it ends its own sample, not the thread)
+                except BaseException as error:  # noqa: BLE001  (a callback's, or the decoder's: it ends its own sample, not the thread)
                     self._batcher.cancel(event.id)
                     if not one.sampling.done():
                         one.sampling.set_exception(error)

@@ -76,7 +76,7 @@ class Queued(Future[Volume]):
 
         try:
             volume = self._job(told)
-        except Exception as error:  # noqa: BLE001  (it is the sample's answer)
+        except BaseException as error:  # noqa: BLE001  (it is the sample's answer, and the thread is for all)
             self.set_exception(error)
             return
         decode = 0.0 if volume.report is None else volume.report.decode_seconds

@@ -71,12 +71,13 @@ def test_a_cancelled_future_says_so(model: Model) -> None:
     assert not future.cancel()
 
 
-def test_what_a_callback_raises_ends_its_sample_alone(model: Model) -> None:
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
+def test_what_a_callback_raises_ends_its_sample_alone(model: Model, error: type[BaseException]) -> None:
     def refuse(done: int, total: int) -> None:
-        raise RuntimeError("enough")
+        raise error("enough")
 
     bad, good = model.submit(1, steps=300, on_step=refuse), model.submit(2, steps=3)
-    with pytest.raises(RuntimeError, match="enough"):
+    with pytest.raises(error, match="enough"):
         bad.result(60)
     good.result(60)
 

@@ -170,14 +170,17 @@ def test_submit_refuses_at_once_and_close_ends_what_waits(tiny_tokens: Callable[
         model.submit(1, **condition)
 
 
-def test_what_a_callback_raises_ends_its_sample_alone(tiny_tokens: Callable[[Tiny], Path]) -> None:
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_what_a_callback_raises_ends_its_sample_alone(
+    tiny_tokens: Callable[[Tiny], Path], error: type[BaseException]
+) -> None:
     def stop(done: int, total: int) -> None:
-        raise OSError("enough")
+        raise error("enough")
 
     with load(tiny_tokens(DEEP) / "artifact", engine="onnxruntime", threads=1) as model:
         failed = model.submit(1, condition={"context": CONTEXT}, on_step=stop)
         fine = model.submit(1, sample=2, condition={"context": CONTEXT})
-        assert isinstance(failed.exception(60), OSError)
+        assert isinstance(failed.exception(60), error)
         expected = list(model.sample_many(3, 1, condition={"context": CONTEXT}))[2]
         np.testing.assert_array_equal(fine.result(60).array, expected.array)
     with pytest.raises(ValueError, match="closed"):
