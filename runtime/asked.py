@@ -118,7 +118,7 @@ def read_request(spec: Manifest, given: Mapping[str, Array]) -> Asked:
         negative=_conditions(spec, given, NEGATIVE),
         size=tuple(int(one) for one in given["size"]) if "size" in given else None,
         image=given.get("image"),
-        inpaint=_inpaint(spec, given, settings),
+        inpaint=_inpaint(spec, given),
         priority=_whole(given, "priority", 0, -8, 8),
         deadline_s=deadline,
         progress_every=_whole(given, "progress_every", 0, 0, MOST_STEPS),
@@ -150,19 +150,13 @@ def _given_settings(spec: Manifest, given: Mapping[str, Array]) -> Any:
     return chosen
 
 
-def _inpaint(spec: Manifest, given: Mapping[str, Array], settings: Settings) -> Inpaint | None:
+def _inpaint(spec: Manifest, given: Mapping[str, Array]) -> Inpaint | None:
     names = [name for name in given if name.startswith("inpaint_")]
     if not names or not isinstance(spec, ArtifactSpec):
         return None
     if "inpaint_mask" not in given:
         raise ValueError(f"[request] {', '.join(names)} without inpaint_mask: give it, or leave these out")
     resamples = _whole(given, "inpaint_resamples", Inpaint.resamples, 1, 1000)
-    sampler = make_request(spec, 0, settings).sampler
-    calls = ((sampler.steps or spec.scheduler.steps) - sampler.start) * resamples
-    if calls > MOST_CALLS:
-        raise ValueError(
-            f"[request] inpaint_resamples={resamples}: {calls} steps in all: need {MOST_CALLS} or fewer; take fewer steps"
-        )
     jump = _whole(given, "inpaint_jump_length", Inpaint.jump_length, 1, MOST_CALLS)
     paste = bool(_whole(given, "inpaint_paste", int(Inpaint.paste), 0, 1))
     return Inpaint(given["inpaint_mask"], resamples, jump, paste)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from volcast import _core
 
 from .inpaint import Inpaint, make_known
+from .interface import MOST_CALLS
 from .job import Job
 from .request import Request
 from .volume import Volume
@@ -51,6 +52,11 @@ def painted(
     """The job that paints a part of the image anew, and the latent to start from: none, as in the paper, unless a strength
     below 1 asks for it."""
     last = len(job.plan) - 1
+    calls = len(job.plan) * inpaint.resamples
+    if calls > MOST_CALLS:
+        raise ValueError(
+            f"[sample] inpaint resamples={inpaint.resamples}: {calls} steps in all: need {MOST_CALLS} or fewer; take fewer steps"
+        )
     if inpaint.resamples > 1 and inpaint.jump_length > last:
         raise ValueError(
             f"[sample] inpaint jumps back {inpaint.jump_length} of {last + 1} steps: need fewer; take more steps or strength, "

@@ -21,8 +21,8 @@ class Inpaint:
         mask: numbers `[D, H, W]` of the image's size (2D: `[H, W]`), not 0 where to paint anew. A latent voxel stays
             where all of its image voxels do.
         resamples: how often each stretch of `jump_length` steps is run, 1..1000, x being noised back in between;
-            more fit the new part better to the old one, and take as many times the steps. 4 and 1 are those of MONAI's
-            tutorial (2d_ddpm_inpainting).
+            more fit the new part better to the old one, and take as many times the steps, 10,000 at most in all. 4 and 1
+            are those of MONAI's tutorial (2d_ddpm_inpainting).
         jump_length: 1 to one less than the steps.
         paste: put the image's own voxels back after the decode, which else differ by the autoencoder's loss.
     """

@@ -147,6 +147,10 @@ def test_refusals(model):
         model.sample(image=SCAN, inpaint=Inpaint(MASK), scheduler="pndm")
     with pytest.raises(ValueError, match=r"resamples=0: need 1..1000"):
         model.sample(image=SCAN, inpaint=Inpaint(MASK, resamples=0))
+    with pytest.raises(
+        ValueError, match=r"inpaint resamples=11: 11000 steps in all: need 10000 or fewer; take fewer"
+    ):
+        model.sample(image=SCAN, inpaint=Inpaint(MASK, resamples=11), steps=1000, scheduler="ddpm")
     with pytest.raises(ValueError, match="jumps back 20 of 20 steps: need fewer"):
         model.sample(image=SCAN, inpaint=Inpaint(MASK, jump_length=20))
 
