@@ -55,7 +55,7 @@ class Application:
         self.drain, self.store = Drain(), VolumeStore(limits.store_bytes, limits.store_s)
         self.metrics = Metrics(triton_metrics, lambda: self.drain.open, lambda: self.store.bytes)
         self.upstream = Upstream(grpc, name, patience_s=timing.patience_s, on_resend=self.metrics.resent.inc)
-        self._readiness = Readiness(spec, self.upstream, timing.ready_s)
+        self._readiness = Readiness(spec, self.upstream, timing.ready_s, lambda: self.metrics.served(name))
         schema = body_schema(spec)
         self._documents = {
             "/v1/models": as_json({"models": [model_entry(spec, name, limits)]}),

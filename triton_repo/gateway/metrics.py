@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import http.client
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -54,7 +55,7 @@ class Metrics:
         self.resent = Counter(
             "volcast_gateway_resent", "Requests sent again because the server was replaced", registry=registry
         )
-        self.ready = Gauge("volcast_gateway_ready", "Whether the last probe got a volume", registry=registry)
+        self.ready = Gauge("volcast_gateway_ready", "What /health/ready said last", registry=registry)
         self._joined = Gauge(
             "volcast_gateway_triton_metrics_up", "Whether Triton's metrics stand below", registry=registry
         )
@@ -67,9 +68,24 @@ class Metrics:
 
     async def text(self) -> bytes:
         """Prometheus's text format: the gateway's own, then Triton's."""
-        theirs = b"" if self._triton is None else await asyncio.to_thread(_read, self._triton)
+        theirs = await self._theirs()
         self._joined.set(bool(theirs))
         return bytes(generate_latest(self._registry)) + theirs
+
+    async def served(self, model: str) -> Mapping[str, float]:
+        """What `runtime/metrics.py` counts of a model, labels of its own summed; nothing: Triton's metrics cannot be read."""
+        found = dict[str, float]()
+        try:
+            for family in text_string_to_metric_families((await self._theirs()).decode()):
+                for one in family.samples:
+                    if one.name.startswith("volcast_") and one.labels.get("model") == model:
+                        found[one.name] = found.get(one.name, 0) + one.value
+        except ValueError:
+            return {}  # no Triton listens there
+        return found
+
+    async def _theirs(self) -> bytes:
+        return b"" if self._triton is None else await asyncio.to_thread(_read, self._triton)
 
 
 def _read(address: str) -> bytes:
