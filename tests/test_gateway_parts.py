@@ -18,7 +18,7 @@ from volcast.runtime.sizes import volume_shape
 from volcast.runtime.spec import ArtifactSpec
 from volcast.triton_repo.gateway.body import BodyReader, parse_json
 from volcast.triton_repo.gateway.keys import NOBODY, Keys, read_keys
-from volcast.triton_repo.gateway.quota import Quotas
+from volcast.triton_repo.gateway.quota import Budget, Quotas
 from volcast.triton_repo.gateway.refusal import Refusal
 from volcast.triton_repo.gateway.schema import body_schema
 from volcast.triton_repo.gateway.server import check_exposure
@@ -101,6 +101,23 @@ def test_open_requests_are_counted_per_key() -> None:
         raise ZeroDivisionError
     with quotas.one("a"), quotas.one("a"):
         pass
+
+
+def test_what_no_memory_would_hold_is_told_so() -> None:
+    budget = Budget(3 * 2**20)
+    with budget.request() as hold, budget.request() as other:
+        hold(2**20)
+        other(2**21)
+        for size, code in ((2**21, "unavailable"), (3 * 2**20, "unavailable"), (2**22, "too_large")):
+            with pytest.raises(Refusal) as caught:
+                hold(size)
+            assert caught.value.code == code
+        assert (
+            "takes 4.0 MiB" in caught.value.message and "holds 3.0 MiB (--held-mib)" in caught.value.message
+        )
+        assert caught.value.retry_s is None
+    with budget.request() as hold:
+        hold(3 * 2**20)
 
 
 def test_the_store_keeps_what_is_worth_most() -> None:

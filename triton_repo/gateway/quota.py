@@ -64,12 +64,14 @@ class Budget:
 
     @contextmanager
     def request(self) -> Iterator[Callable[[int], None]]:
-        """Around one request: what is called with the bytes that it holds from now on, and raises `Refusal`
-        (unavailable) where there is no room for them."""
+        """Around one request: what is called with the bytes that it holds from now on, and raises `Refusal`: unavailable
+        where others leave no room for them, too_large where there never is."""
         mine = 0
 
         def hold(size: int) -> None:
             nonlocal mine
+            if size > self._most:
+                raise Refusal("too_large", f"[request] it takes {_mib(size)} MiB with its images: this server holds {_mib(self._most)} MiB (--held-mib); send smaller ones")  # fmt: skip
             if self._held - mine + size > self._most:
                 raise Refusal(
                     "unavailable", "[gateway] other requests' images fill the memory; retry in 1 s", 1.0
@@ -81,3 +83,7 @@ class Budget:
             yield hold
         finally:
             self._held -= mine
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f}"
