@@ -12,13 +12,17 @@ from typing import Any, final
 import numpy as np
 
 from .artifact import MANIFEST, read_manifest
+from .classifier import check_classifier
 from .condition_text import parse_conditions
 from .engine import Engine
+from .engine_auto import open_engine
 from .frame import SPACING_TOLERANCE
+from .image_start import check_image
 from .job import Job, make_job
 from .low_res import enlargement
 from .pipeline import open_model
 from .request import OnStep, make_request
+from .reuse import check_reuse
 from .sizes import volume_channels, volume_shape, whole
 from .spec import LOW_RES, ArtifactSpec
 from .volume import Volume
@@ -114,6 +118,8 @@ class Chain:
 
     def _totals(self, n: int, seeds: Sequence[int], stages: Sequence[Stage]) -> list[int]:
         """The steps of each stage, over all its batches; checks whatever can be checked without a network."""
+        engine, threads, memory_limit = self._opening
+        opened = engine if isinstance(engine, Engine) else open_engine(engine, threads, memory_limit)
         totals: list[int] = []
         shape: tuple[int, ...] = ()
         for number, (spec, stage) in enumerate(zip(self.specs, stages, strict=True)):
@@ -122,7 +128,7 @@ class Chain:
                 if number:
                     blank = np.zeros((volume_channels(self.specs[number - 1]), *shape), np.float32)
                     stage = {**stage, "condition": {**(stage.get("condition") or {}), LOW_RES: blank}}
-                job = _job(spec, n, seeds[number], stage)
+                job = _job(spec, n, seeds[number], stage, opened, limited=memory_limit is not None)
             except ValueError as error:
                 place = "" if number == 0 else f"[chain] stage {number + 1}, {spec.name}: "
                 raise ValueError(f"{place}{error}") from None
@@ -188,8 +194,11 @@ def _checked(stage: Stage, number: int) -> Stage:
     guidance = stage.get("guidance")
     if guidance is not None and not isinstance(guidance, int | float):
         raise ValueError("[sample] guidance: a chain takes one weight; sweep its stages one by one")
-    if number and "image" in stage:
-        raise ValueError("[sample] image: a later stage starts from the one before; give the first stage one")
+    for name in ("image", "inpaint"):
+        if number and name in stage:
+            raise ValueError(
+                f"[sample] {name}: a later stage starts from the one before; give the first stage one"
+            )
     if number and not isinstance(stage.get("condition") or {}, Mapping):
         raise ValueError("[condition] need one mapping for all samples of a later stage")
     if number and LOW_RES in (stage.get("condition") or {}):
@@ -197,9 +206,12 @@ def _checked(stage: Stage, number: int) -> Stage:
     return stage
 
 
-def _job(spec: ArtifactSpec, n: int, seed: int, stage: Stage) -> Job:
+def _job(spec: ArtifactSpec, n: int, seed: int, stage: Stage, engine: Engine, *, limited: bool) -> Job:
     settings: Any = {key: value for key, value in stage.items() if key not in _SAMPLES}
     request = make_request(spec, seed, settings)
+    check_image(stage.get("image"), stage.get("inpaint"), request)
+    check_classifier(request, engine, limited=limited)
+    check_reuse(spec, request, engine.name, able=type(engine).sampler is Engine.sampler, limited=limited)
     condition, negative = stage.get("condition"), stage.get("negative")
     return make_job(spec, request, n, stage.get("batch", 1), condition, stage.get("size"), negative)
 

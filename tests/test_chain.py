@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import anomaly_models
 import nibabel
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from upscaler_bundles import export_upscaler
 
 import volcast
 from volcast.__main__ import app
+from volcast.export.gradient import add_classifier
 from volcast.runtime import artifact, pipeline
+from volcast.runtime.artifact import read_artifact
 from volcast.runtime.chain import parse_stage
 from volcast.runtime.engine_onnxruntime import OnnxRuntimeEngine
 from volcast.runtime.pipeline import load
@@ -116,6 +119,9 @@ def test_a_stage_is_closed_before_the_next_one_opens(
         ({}, [{"condition": {"low_res": 1}}], "low_res comes from the stage before; leave it out"),
         ({}, [{"condition": [{}, {}]}], "need one mapping for all samples of a later stage"),
         ({}, [{"image": np.zeros((16, 24, 16))}], "a later stage starts from the one before"),
+        ({}, [{"inpaint": volcast.Inpaint(np.ones((16, 24, 16)))}], "inpaint: a later stage starts from the one before"),
+        ({}, [{"strength": 0.5}], r"stage 2, bundle: \[sample\] strength=0\.5 without an image"),
+        ({}, [{"reuse": 2}], r"stage 2, bundle: \[sample\] reuse=2: bundle has no programs for it"),
         ({}, [{"size": (4, 4, 4)}], "stage 2, bundle:.*low_res has shape"),
         ({"guidance": [1, 2]}, (), "a chain takes one weight; sweep its stages one by one"),
         ({"condition": {"anterior": 2}}, (), r"^\[condition\] anterior=2: need 0\.\.1"),
@@ -132,6 +138,17 @@ def test_what_is_refused_before_any_work(
     with pytest.raises(ValueError, match=message) as caught:
         chain.sample_many(**({"n": 2} | first), then=then)
     assert "\n" not in str(caught.value)
+
+
+def test_a_later_classifier_is_refused_before_any_work(
+    gaussian: Path, upscaler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = read_artifact(upscaler).latent_shape
+    add_classifier(upscaler, anomaly_models.classifier(3, shape), tmp_path / "classified")
+    monkeypatch.setattr(OnnxRuntimeEngine, "open", lambda *_: pytest.fail("work was done"))
+    chain = volcast.chain([gaussian, tmp_path / "classified"], "onnxruntime", 1, "8GiB")
+    with pytest.raises(ValueError, match=r"stage 2, bundle: \[classifier\] label=1: memory_limit"):
+        chain.sample_many(1, then=[{"label": 1}])
 
 
 def test_artifacts_that_do_not_fit(gaussian: Path, upscaler: Path, tmp_path: Path) -> None:
