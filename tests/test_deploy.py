@@ -109,6 +109,8 @@ def test_the_memory_requested_is_the_documented_sum() -> None:
     limits = Limits()
     assert serve["storeMib"] * 2**20 == limits.store_bytes and serve["heldMib"] * 2**20 == limits.held_bytes
     assert serve["maxFileMib"] * 2**20 == limits.file_bytes
+    schema = json.loads((CHART / "values.schema.json").read_text())["properties"]["serve"]["properties"]
+    assert schema["maxFileMib"]["minimum"] * 2**20 == limits.body_bytes
 
 
 def test_the_container_may_little() -> None:

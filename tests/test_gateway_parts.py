@@ -170,6 +170,8 @@ def test_nobody_listens_to_the_world_without_keys() -> None:
         Limits(rate=math.nan)
     with pytest.raises(ValueError, match="would never be taken; raise --held-mib, or lower --max-file-mib"):
         Limits(held_bytes=2**20)
+    with pytest.raises(ValueError, match=r"file_bytes=1048576: .* may have 8388608; need that or more"):
+        Limits(file_bytes=2**20)
 
 
 def test_serve_refuses_before_it_starts_anything(gaussian: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,6 +179,7 @@ def test_serve_refuses_before_it_starts_anything(gaussian: Path, capsys: pytest.
         (["--host", "0.0.0.0"], "without keys"),
         (["--keys", str(gaussian / "none")], "cannot read it"),
         (["--rate", "0"], "rate=0"),
+        (["--max-file-mib", "7"], "--max-file-mib"),
         (["--tls-cert", "a.pem"], "TLS needs both"),
     ]:
         assert app(["serve", str(gaussian), *more]) == 2

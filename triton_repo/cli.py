@@ -40,7 +40,7 @@ def serve(
     max_voxels: Annotated[int, typer.Option(help="Of one volume.")] = 512 * 512 * 128,
     store_mib: Annotated[int, typer.Option(help="Memory for volumes that wait for their callers.")] = 1024,
     max_file_mib: Annotated[
-        int, typer.Option(help="Of a request with its files (images, label maps), in base64.")
+        int, typer.Option(min=8, help="Of a request with its files (images, label maps), in base64.")
     ] = 64,
     held_mib: Annotated[
         int, typer.Option(help="Memory for requests that are read and for images, of all callers together.")

@@ -84,7 +84,7 @@ class BodyReader:
         """Of a body."""
         spec, limits = self._spec, self._limits
         files = takes_image(spec) or any(takes_file(spec, one) for one in spec.conditions)
-        return max(limits.file_bytes, limits.body_bytes) if files else limits.body_bytes
+        return limits.file_bytes if files else limits.body_bytes
 
     def read(self, content: bytes) -> Order:
         """Raises `Refusal`: anything that the server would refuse, in volcast's words, or that is beyond a limit."""

@@ -37,9 +37,14 @@ class Limits:
         for name, value in vars(self).items():
             if not value > 0:
                 raise ValueError(f"[gateway] {name}={value}: need a number above 0")
-        if self.held_bytes < max(self.file_bytes, self.body_bytes):
+        if self.file_bytes < self.body_bytes:
             raise ValueError(
-                f"[gateway] held_bytes={self.held_bytes}: a request may have {max(self.file_bytes, self.body_bytes)} and would "
+                f"[gateway] file_bytes={self.file_bytes}: a request without files may have {self.body_bytes}; need that or more "
+                "(--max-file-mib)"
+            )
+        if self.held_bytes < self.file_bytes:
+            raise ValueError(
+                f"[gateway] held_bytes={self.held_bytes}: a request may have {self.file_bytes} and would "
                 "never be taken; raise --held-mib, or lower --max-file-mib"
             )
 
