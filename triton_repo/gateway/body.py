@@ -31,6 +31,7 @@ from volcast.runtime.volume import Volume
 
 from .files import Files
 from .refusal import Refusal
+from .schema import Inpainting
 from .settings import Limits
 from .shapes import image_latent, takes_file, takes_image
 
@@ -96,7 +97,8 @@ class BodyReader:
         try:
             return self._order(self._typed(parse_json(content)))
         except ValueError as error:
-            raise Refusal("invalid", " ".join(str(error).split())) from error
+            text = " ".join(str(error).split()).replace("[request] inpaint_", "[request] inpaint.", 1)
+            raise Refusal("invalid", text) from error
 
     def _typed(self, given: Any) -> dict[str, Any]:
         if not isinstance(given, dict):
@@ -110,9 +112,11 @@ class BodyReader:
             return self._schema.model_validate(given).model_dump(exclude_none=True)
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False)[0]
-            name = str(first["loc"][0])
-            need = self._schema.model_fields[name].description
-            raise ValueError(f"[request] {name}={reprlib.repr(given[name])}: need {need}") from error
+            name, *inside = first["loc"]
+            if name == "inpaint" and inside:
+                raise ValueError(_painting(str(inside[0]), given[name])) from error
+            need = self._schema.model_fields[str(name)].description
+            raise ValueError(f"[request] {name}={reprlib.repr(given[str(name)])}: need {need}") from error
 
     def _order(self, body: dict[str, Any]) -> Order:
         condition, negative = (
@@ -230,6 +234,17 @@ class BodyReader:
             raise ValueError(
                 f"[request] preview_every={every}: more than {most} previews; need {least} or more"
             )
+
+
+def _painting(name: str, given: Mapping[str, Any]) -> str:
+    """Why the field `name` of `inpaint` is refused."""
+    fields = Inpainting.model_fields
+    if name not in fields:
+        return f"[request] unknown field inpaint.{reprlib.repr(name)[1:-1]}; known: {', '.join(fields)}"
+    need = fields[name].description
+    if name not in given:
+        return f"[request] inpaint without {name}: need {need}"
+    return f"[request] inpaint.{name}={reprlib.repr(given[name])}: need {need}"
 
 
 def parse_json(content: bytes) -> Any:

@@ -28,10 +28,10 @@ class Inpainting(BaseModel):
     """`Inpaint`, its mask as a file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    mask: StrictStr = Field(json_schema_extra=FILE)
-    resamples: StrictInt | None = None
-    jump_length: StrictInt | None = None
-    paste: StrictBool | None = None
+    mask: StrictStr = Field(description="a NIfTI file in base64", json_schema_extra=FILE)
+    resamples: StrictInt | None = Field(None, description="runs of each stretch of steps, a whole number")
+    jump_length: StrictInt | None = Field(None, description="steps of such a stretch, a whole number")
+    paste: StrictBool | None = Field(None, description="true, or false to leave the decoder's voxels")
 
 
 def body_schema(spec: Manifest) -> type[BaseModel]:
