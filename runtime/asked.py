@@ -13,6 +13,7 @@ from .inpaint import Inpaint
 from .interface import (
     FORMATS,
     MOST_CALLS,
+    MOST_ROWS,
     MOST_SAMPLES,
     NEGATIVE,
     Array,
@@ -108,6 +109,9 @@ def read_request(spec: Manifest, given: Mapping[str, Array]) -> Asked:
             f"[request] guidance: {samples} samples at {len(weights)} weights are {samples * len(weights)} volumes: need "
             f"1..{MOST_SAMPLES}"
         )
+    inpaint = _inpaint(spec, given)
+    if isinstance(spec, ArtifactSpec) and inpaint is not None:
+        _check_rows(spec, settings, inpaint, samples * (len(weights) or 1))
     return Asked(
         seed=seed,
         samples=samples,
@@ -118,7 +122,7 @@ def read_request(spec: Manifest, given: Mapping[str, Array]) -> Asked:
         negative=_conditions(spec, given, NEGATIVE),
         size=tuple(int(one) for one in given["size"]) if "size" in given else None,
         image=given.get("image"),
-        inpaint=_inpaint(spec, given),
+        inpaint=inpaint,
         priority=_whole(given, "priority", 0, -8, 8),
         deadline_s=deadline,
         progress_every=_whole(given, "progress_every", 0, 0, MOST_STEPS),
@@ -160,6 +164,17 @@ def _inpaint(spec: Manifest, given: Mapping[str, Array]) -> Inpaint | None:
     jump = _whole(given, "inpaint_jump_length", Inpaint.jump_length, 1, MOST_CALLS)
     paste = bool(_whole(given, "inpaint_paste", int(Inpaint.paste), 0, 1))
     return Inpaint(given["inpaint_mask"], resamples, jump, paste)
+
+
+def _check_rows(spec: ArtifactSpec, settings: Settings, inpaint: Inpaint, volumes: int) -> None:
+    """ValueError: each volume may have so many steps, and all together not."""
+    sampler = make_request(spec, 0, settings).sampler
+    each = ((sampler.steps or spec.scheduler.steps) - sampler.start) * inpaint.resamples
+    if each <= MOST_CALLS and volumes * each > MOST_ROWS:
+        raise ValueError(
+            f"[request] inpaint: {volumes} volumes of {each} steps: need {MOST_ROWS} or fewer in all; ask for "
+            f"{MOST_ROWS // each} volumes at once"
+        )
 
 
 def _conditions(spec: Manifest, given: Mapping[str, Array], prefix: str = "") -> dict[str, Any]:

@@ -109,6 +109,7 @@ class Batching:
         self._batcher = _core.Batcher(active=active, queue=queue)
         self._groups: dict[Any, int] = {}
         self.lanes: dict[tuple[int, ...], list[LaneReport]] = {}
+        self._rows: tuple[Any, NDArray[np.float32]] | None = None
         self.steps = 0
         """Steps of samples that have been taken, those of samples that were cancelled among them."""
         self._open: dict[int, _Open] = {}
@@ -166,7 +167,7 @@ class Batching:
         with self._submitting:
             if self._room is not None:
                 self._room.admit(job)
-            rows = schedule_rows(self._spec, self._host, job)
+            rows = self._rows_of(job)
             branches = prepared_branches(self._spec, self._host, job, part)
             conditional = branches[_core.Branch.CONDITIONAL]
             unconditional = branches.get(_core.Branch.UNCONDITIONAL, {})
@@ -192,6 +193,16 @@ class Batching:
 
     def _group(self, shape: tuple[int, ...], row: int, inputs: Mapping[str, Array]) -> int:
         key = (shape, row, tuple((name, value.shape, value.dtype.str) for name, value in inputs.items()))
+    def _rows_of(self, job: Job) -> NDArray[np.float32]:
+        """`schedule_rows`, made once for the samples of a request: a long plan's take the time of many steps."""
+        if self._room is not None:  # its limit counts no rows that are kept
+            return schedule_rows(self._spec, self._host, job)
+        plan, request = job.plan, job.request
+        key = plan.timesteps.tobytes(), plan.rows.tobytes(), request.label, request.scale
+        if self._rows is None or self._rows[0] != key:
+            self._rows = key, schedule_rows(self._spec, self._host, job)
+        return self._rows[1]
+
         if key not in self._groups:
             # Larger batches would take the memory of a program each.
             counts = COUNTS if self._room is None else (1,)

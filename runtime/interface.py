@@ -24,6 +24,8 @@ MOST_SAMPLES = 64
 """Volumes of one request."""
 MOST_CALLS = 10_000
 """Of the network for one volume that is inpainted: each is a row of a table that the request holds."""
+MOST_ROWS = 64_000
+"""Of the tables of one request that inpaints: those of 64 volumes of 1000 steps without."""
 NEGATIVE = "negative_"
 """Before the name of a condition or field: of guidance's other branch."""
 
@@ -117,7 +119,7 @@ def _images(spec: Manifest) -> list[Tensor]:
         Tensor(name="image", dtype="float32", shape=image, text="an image to start from, default none"),
         Tensor(name="strength", dtype="float32", shape=(1,), text="with image: how far it is noised, up to 1, default 1"),
         Tensor(name="inpaint_mask", dtype="float32", shape=image, text="with image, of its shape: not 0 where to paint anew, default none"),
-        Tensor(name="inpaint_resamples", dtype="int32", shape=(1,), text=f"with inpaint_mask: runs of each stretch of steps, 1..1000, at most {MOST_CALLS} steps in all, default {Inpaint.resamples}"),
+        Tensor(name="inpaint_resamples", dtype="int32", shape=(1,), text=f"with inpaint_mask: runs of each stretch of steps, 1..1000, at most {MOST_CALLS} steps a volume, {MOST_ROWS} a request, default {Inpaint.resamples}"),
         Tensor(name="inpaint_jump_length", dtype="int32", shape=(1,), text=f"with inpaint_mask: steps of such a stretch, default {Inpaint.jump_length}"),
         Tensor(name="inpaint_paste", dtype="int32", shape=(1,), text="with inpaint_mask: 1 puts the image's own voxels back, 0 leaves the decoder's, default 1"),
     ]  # fmt: skip

@@ -4,15 +4,43 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import CancelledError
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import pytest
 
 from volcast.runtime.batching import Expired, Turns
+from volcast.runtime.engine import Arrays, Engine, Program
+from volcast.runtime.engine_onnxruntime import OnnxRuntimeEngine
 from volcast.runtime.pipeline import Model, load
+from volcast.runtime.spec import ProgramSpec
+
+
+@final
+class Counting(Engine):
+    """ONNX Runtime that counts the calls of each program."""
+
+    name, threads = "counting", 1
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+
+    def open(self, path: Path, program: ProgramSpec, sizes: Mapping[str, int]) -> Program:
+        return Counted(OnnxRuntimeEngine(1).open(path, program, sizes), self.calls, path.stem)
+
+
+@final
+class Counted(Program):
+    def __init__(self, program: Program, calls: Counter[str], name: str) -> None:
+        self._program, self._calls, self._name = program, calls, name
+
+    def __call__(self, inputs: Arrays) -> dict[str, np.ndarray]:
+        self._calls[self._name] += 1
+        return self._program(inputs)
 
 
 @pytest.fixture
@@ -40,6 +68,17 @@ def test_a_future_gives_the_volume_of_sample(model: Model) -> None:
 def test_one_request_can_ask_for_a_later_sample_of_its_seed(model: Model) -> None:
     *_, last = model.sample_many(3, 7, steps=4)
     np.testing.assert_array_equal(model.submit(7, sample=2, steps=4).result(60).array, last.array)
+
+
+def test_what_the_network_is_shown_of_a_plan_is_made_once_for_a_request(gaussian: Path) -> None:
+    engine = Counting()
+    with load(gaussian, engine=engine) as model:
+        futures = [model.submit(7, sample=n, steps=5) for n in range(3)]
+        other = model.submit(7, steps=6)
+        assert engine.calls["schedule"] == 2
+        last = [*model.sample_many(3, 7, steps=5), model.sample(7, steps=6)]
+        for future, volume in zip([*futures, other], last, strict=True):
+            np.testing.assert_array_equal(future.result(60).array, volume.array)
 
 
 def test_an_image_can_be_where_a_future_starts(model: Model) -> None:

@@ -130,6 +130,7 @@ def test_a_part_is_painted_anew(model: Model, service: Service, how: dict[str, A
         ({"inpaint_mask": MASK, "image": SCAN, "scheduler": "pndm"}, "pndm remembers"),
         ({"inpaint_mask": MASK, "image": SCAN, "inpaint_resamples": 0}, r"inpaint_resamples=0: need 1\.\.1000"),
         ({"inpaint_mask": MASK, "image": SCAN, "inpaint_resamples": 501}, "501: 10020 steps in all: need 10000 or fewer"),
+        ({"inpaint_mask": MASK, "image": SCAN, "inpaint_resamples": 500, "num_samples": 7}, "7 volumes of 10000 steps: need 64000 or fewer in all; ask for 6 volumes at once"),
         ({"inpaint_mask": MASK, "image": SCAN, "inpaint_jump_length": 20}, "jumps back 20 of 20 steps: need fewer"),
         ({"inpaint_mask": MASK, "image": SCAN, "inpaint_paste": 2}, r"inpaint_paste=2: need 0\.\.1"),
         ({"image": SCAN, "inpaint_paste": 1, "inpaint_resamples": 2}, "inpaint_paste, inpaint_resamples without inpaint_mask"),
