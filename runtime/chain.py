@@ -17,7 +17,7 @@ from .condition_text import parse_conditions
 from .engine import Engine
 from .engine_auto import open_engine
 from .frame import SPACING_TOLERANCE
-from .image_start import check_image
+from .image_start import check_image, repainting
 from .job import Job, make_job
 from .low_res import enlargement
 from .pipeline import open_model
@@ -129,6 +129,8 @@ class Chain:
                     blank = np.zeros((volume_channels(self.specs[number - 1]), *shape), np.float32)
                     stage = {**stage, "condition": {**(stage.get("condition") or {}), LOW_RES: blank}}
                 job = _job(spec, n, seeds[number], stage, opened, limited=memory_limit is not None)
+                inpaint = stage.get("inpaint")
+                rows = len(job.plan if inpaint is None else repainting(job.plan, inpaint))
             except ValueError as error:
                 place = "" if number == 0 else f"[chain] stage {number + 1}, {spec.name}: "
                 raise ValueError(f"{place}{error}") from None
@@ -137,7 +139,7 @@ class Chain:
                 volume_shape(spec, job.shape[1:])
                 if image is None else np.shape(image)[-len(spec.spacing_mm):]
             )  # fmt: skip
-            totals.append(len(job.plan) * -(-n // stage.get("batch", 1)))
+            totals.append(rows * -(-n // stage.get("batch", 1)))
         return totals
 
 

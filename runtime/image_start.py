@@ -51,8 +51,17 @@ def painted(
 ) -> tuple[Job, NDArray[np.float32] | None]:
     """The job that paints a part of the image anew, and the latent to start from: none, as in the paper, unless a strength
     below 1 asks for it."""
-    last = len(job.plan) - 1
-    calls = len(job.plan) * inpaint.resamples
+    plan, known = repainting(job.plan, inpaint), make_known(image, inpaint, x0)
+    return replace(job, plan=plan, known=known), None if job.request.strength == 1 else x0
+
+
+def repainting(plan: _core.Plan, inpaint: Inpaint) -> _core.Plan:
+    """The plan with its jumps back, which make it longer.
+
+    ValueError: too many; a jump of all its steps; a sampler that remembers.
+    """
+    last = len(plan) - 1
+    calls = len(plan) * inpaint.resamples
     if calls > MOST_CALLS:
         raise ValueError(
             f"[sample] inpaint resamples={inpaint.resamples}: {calls} steps in all: need {MOST_CALLS} or fewer; take fewer steps"
@@ -62,7 +71,4 @@ def painted(
             f"[sample] inpaint jumps back {inpaint.jump_length} of {last + 1} steps: need fewer; take more steps or strength, "
             "or resamples=1"
         )
-    plan = _core.make_repaint(job.plan, resamples=inpaint.resamples, jump_length=inpaint.jump_length)
-    return replace(
-        job, plan=plan, known=make_known(image, inpaint, x0)
-    ), None if job.request.strength == 1 else x0
+    return _core.make_repaint(plan, resamples=inpaint.resamples, jump_length=inpaint.jump_length)

@@ -79,6 +79,23 @@ def test_three_stages_and_the_image_s_affine(gaussian: Path, upscaler: Path, tmp
     np.testing.assert_allclose(volume.affine @ [31.5, 31.5, 15.5, 1], affine @ [7.5, 7.5, 3.5, 1], atol=1e-12)
 
 
+def test_the_steps_of_an_inpainting_stage_are_all_foretold(twice: list[Path]) -> None:
+    image = np.random.default_rng(0).random((8, 8, 4), np.float32)
+    mask = np.zeros(image.shape, np.float32)
+    mask[:2, :2, :2] = 1
+    seen: list[tuple[int, int]] = []
+    painting = {
+        "image": image,
+        "inpaint": volcast.Inpaint(mask, resamples=3),
+        "scheduler": "ddpm",
+        "steps": 2,
+    }
+    chain = volcast.chain(twice, engine="onnxruntime", threads=1)
+    chain.sample(1, condition=GIVEN, then=[{"steps": 1}], on_step=lambda *step: seen.append(step), **painting)
+    # Two rows, the first run three times in all (RePaint), and the upscaler's one.
+    assert seen == [(i, 5) for i in range(1, 6)]
+
+
 def test_a_stage_is_closed_before_the_next_one_opens(
     twice: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
