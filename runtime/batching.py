@@ -108,8 +108,8 @@ class Batching:
         )
         self._batcher = _core.Batcher(active=active, queue=queue)
         self._groups: dict[Any, int] = {}
-        self.lanes: dict[tuple[int, ...], list[LaneReport]] = {}
         self._rows: tuple[Any, NDArray[np.float32]] | None = None
+        self.lanes: dict[tuple[int, ...], list[LaneReport]] = {}
         self.steps = 0
         """Steps of samples that have been taken, those of samples that were cancelled among them."""
         self._open: dict[int, _Open] = {}
@@ -191,8 +191,6 @@ class Batching:
                 )  # fmt: skip
         return sampling
 
-    def _group(self, shape: tuple[int, ...], row: int, inputs: Mapping[str, Array]) -> int:
-        key = (shape, row, tuple((name, value.shape, value.dtype.str) for name, value in inputs.items()))
     def _rows_of(self, job: Job) -> NDArray[np.float32]:
         """`schedule_rows`, made once for the samples of a request: a long plan's take the time of many steps."""
         if self._room is not None:  # its limit counts no rows that are kept
@@ -203,6 +201,8 @@ class Batching:
             self._rows = key, schedule_rows(self._spec, self._host, job)
         return self._rows[1]
 
+    def _group(self, shape: tuple[int, ...], row: int, inputs: Mapping[str, Array]) -> int:
+        key = (shape, row, tuple((name, value.shape, value.dtype.str) for name, value in inputs.items()))
         if key not in self._groups:
             # Larger batches would take the memory of a program each.
             counts = COUNTS if self._room is None else (1,)
