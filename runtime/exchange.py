@@ -177,7 +177,10 @@ def _weights(options: RequestOptions) -> tuple[Any, ...]:
     given: Any = options.get("guidance")
     if given is None:
         return ()
-    return tuple(given) if _sweeps(given) else (given,)
+    weights = tuple(given) if _sweeps(given) else (given,)
+    if not weights:
+        raise ValueError("[sample] guidance: 0 weights: give one or several, or leave it out")
+    return weights
 
 
 def _sweeps(guidance: Any) -> bool:

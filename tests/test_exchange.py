@@ -28,3 +28,8 @@ def test_answers_that_end_early_are_a_reason_to_ask_again() -> None:
     assert exchange.pause_s(error.value) == 0.25
     exchange.hear(answer(0), starts=False)
     assert [volume.array[0, 0, 0] for volume in exchange.volumes()] == [0, 1]
+
+
+def test_a_sweep_without_weights_is_refused() -> None:
+    with pytest.raises(ValueError, match="guidance: 0 weights: give one or several, or leave it out"):
+        Exchange(1, 0, {"guidance": []}, tries=1, shared_memory=False)
