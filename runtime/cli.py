@@ -41,7 +41,9 @@ TopK = Annotated[int | None, typer.Option(help="Token models: of the k most prob
 TopP = Annotated[float | None, typer.Option(help="Token models: of the fewest codes of this sum.")]
 Conditions = Annotated[
     list[str] | None,
-    typer.Option("--condition", "-c", help="name=0.5, name=0.5,0.2 or name=@file.npy; repeatable."),
+    typer.Option(
+        "--condition", "-c", help="name=0.5, name=0.5,0.2 or name=@FILE (.npy, .nii.gz); repeatable."
+    ),
 ]
 Negative = Annotated[
     list[str] | None,

@@ -31,7 +31,7 @@ def parse_conditions(
         name, equals, value = (part.strip() for part in text.partition("="))
         if not equals or not name or not value:
             raise ValueError(
-                f"[condition] {text!r}: write name=number, name=number,number,... or name=@file.npy"
+                f"[condition] {text!r}: write name=number, name=number,number,... or name=@FILE (.npy, .nii.gz)"
             )
         if name in values:
             raise ValueError(f"[condition] {name} is given twice; give it once")

@@ -36,13 +36,13 @@ def generate(
         typer.Option(
             "--condition",
             "-c",
-            help="name=0.5, name=@file.npy, name=uniform:0,1 (drawn for each volume), "
+            help="name=0.5, name=@FILE (.npy, .nii.gz), name=uniform:0,1 (drawn for each volume), "
             "or a .csv or .jsonl file with a row a volume; repeatable.",
         ),
     ] = None,
     negative: Annotated[
         list[str] | None,
-        typer.Option(help="name=0.5 or name=@file.npy, for guidance's other branch of each; repeatable."),
+        typer.Option(help="name=0.5 or name=@FILE, for guidance's other branch of each; repeatable."),
     ] = None,
     temperature: Temperature = None,
     top_k: TopK = None,

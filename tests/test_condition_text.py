@@ -31,7 +31,7 @@ def test_numbers_arrays_and_files(spec: ArtifactSpec, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["anterior"], "write name=number"),
+        (["anterior"], r"write name=number,.* or name=@FILE \(.npy, .nii.gz\)"),
         (["=1"], "write name=number"),
         (["anterior="], "write name=number"),
         (["anterior=1", "anterior=2"], "given twice"),
