@@ -249,9 +249,9 @@ def load_generator(
     )
 
 
-def refuse_settings(spec: GeneratorSpec, given: Mapping[str, Any]) -> None:
-    """ValueError: options of diffusion or token models, by name, None where not given."""
-    named = [f"--{name.replace('_', '-')}" for name, value in given.items() if value]
+def refuse_settings(spec: GeneratorSpec, given: Mapping[str, bool]) -> None:
+    """ValueError: options of diffusion or token models, by name, whether each was given."""
+    named = [f"--{name.replace('_', '-')}" for name, was in given.items() if was]
     if named:
         raise ValueError(
             f"[sample] {', '.join(named)}: {spec.name} makes an image in one pass; leave it out (--condition, --mask and "

@@ -38,14 +38,15 @@ class Asked:
     inpaint: Inpaint | None
     then: Sequence[str]
 
-    def given(self) -> dict[str, Any]:
-        """What is for diffusion models, by option; false where it was left out."""
-        own = {name: self.settings[name] != 1 for name in ("strength", "reuse")}
-        own |= {name: self.settings[name] is not None for name in ("label", "scale")}
+    def given(self) -> dict[str, bool]:
+        """Whether an option that is for diffusion models was given, be it with 0."""
+        usual = {"strength": 1, "reuse": 1, "eta": 0}
+        own = {name: value is not None and value != usual.get(name) for name, value in self.settings.items()}
         more = {
-            "mask": self.mask, "size": self.size, "image": self.image, "inpaint": self.inpaint, "negative": self.negative,
+            "mask": bool(self.mask), "size": self.size is not None, "image": self.image is not None,
+            "inpaint": self.inpaint is not None, "negative": bool(self.negative),
         }  # fmt: skip
-        return {**self.settings, **own, **more}
+        return own | more
 
 
 def sample_volumes(

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .token_choice import ChoiceSettings
 
 
 def choice_settings(
-    model: object, temperature: float | None, top_k: int | None, top_p: float | None, other: Mapping[str, Any]
+    model: object,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    other: Mapping[str, bool],
 ) -> ChoiceSettings:
-    """How `sample` draws tokens. `other`: the options of diffusion models, None where not given.
+    """How `sample` draws tokens. `other`: whether each option of diffusion models was given.
 
     Raises ValueError: an option that is for the other kind of model.
     """
@@ -22,7 +26,7 @@ def choice_settings(
     if temperature is not None:
         choice["temperature"] = temperature
     if isinstance(model, TokenModel):
-        given = [f"--{name}" for name, value in other.items() if value]
+        given = [f"--{name}" for name, was in other.items() if was]
         if given:
             raise ValueError(
                 f"[sample] {', '.join(given)}: {model.spec.name} samples tokens; leave it out (--temperature, --top-k "

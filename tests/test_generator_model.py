@@ -154,6 +154,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "one pass: noise 5 to an image 1 x 16 x 32 x 8" in told and "passed" in told
     refused = {
         ("sample", str(folder), "--steps", "3", "--guidance", "2"): "--steps, --guidance: bundle makes an image in one pass",
+        ("sample", str(folder), "--steps", "0", "--guidance", "0"): "--steps, --guidance: bundle makes",
         ("sample", str(folder)): "mask is missing: give a int64 label map",
         ("sample", str(folder), "-c", f"mask=@{tmp_path / 'small.nii.gz'}"): "the whole (16, 32, 8)",
         ("verify", str(folder), str(tmp_path / "bundle"), "--steps", "3"): "--steps: bundle makes an image in one pass",

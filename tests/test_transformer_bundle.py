@@ -191,6 +191,10 @@ def test_the_commands(
 
     for words, message in (
         (("sample", made / "artifact", "-o", out, "--steps", 5, *given), "--steps"),
+        (
+            ("sample", made / "artifact", "-o", out, "--steps", 0, "--guidance", 0, *given),
+            "--steps, --guidance: ",
+        ),
         (("sample", made / "artifact", "-o", out, "--top-k", CODES + 1, *given), "top_k=9: need 1..8"),
         (("sample", made / "artifact", "-o", out, "--engine", "cuda", *given), "token by token"),
         (("likelihood", made / "artifact", *files, "-o", out, *given), "give one, not 2"),
