@@ -81,7 +81,8 @@ class Service:
     """Answers requests out of `model.submit`. Safe to use from any thread; `close` it."""
 
     def __init__(self, model: Model | TokenModel | GeneratorModel, *, most: int = 320) -> None:
-        """At most `most` requests are open at once; a further one is told to come again."""
+        """`most`: the model's places for samples, active and waiting. So many requests are open at once, a further one is
+        told to come again, and one of more volumes is refused."""
         self._model, self._most = model, most
         self._open: dict[int, _Open] = {}
         self._tickets: dict[int, _Open] = {}
@@ -99,6 +100,11 @@ class Service:
         """Check a request and queue it; returns at once. `reply` hears all that becomes of it."""
         try:
             asked = read_request(self._model.spec, tensors)
+            if asked.volumes > self._most:
+                raise ValueError(
+                    f"[request] {asked.volumes} volumes: ask for at most {self._most} at once, all that the server has "
+                    "places for (--active, --queue)"
+                )
             region = None if asked.region is None else open_region(asked.region)
         except ValueError as error:
             self._tally.refused("invalid")

@@ -198,13 +198,23 @@ def test_a_cancellation_may_come_before_its_request(opened: Any) -> None:
 
 def test_too_much_is_refused_with_a_hint(opened: Any) -> None:
     model, service = opened
-    heard = held(model, service, 7)
+    first, heard = held(model, service, 5), Heard()
+    service.accept(given(seed=1, num_samples=2, steps=1000), heard)
     until(lambda: model._batching.stats().refused == 1)
     model.engine.gate.set()
     assert heard.ended.wait(60) and not heard.sent
     ((reason, text),) = heard.ends
     assert reason == "unavailable" and "retry in" in text
-    assert model._batching.stats().cancelled == 6
+    first.gone = True
+    assert first.ended.wait(60) and model._batching.stats().cancelled == 6
+
+
+def test_more_volumes_than_there_are_places_are_not_asked_to_come_again(opened: Any) -> None:
+    _, service = opened
+    heard = Heard()
+    service.accept(given(num_samples=7), heard)
+    ((reason, text),) = heard.ends
+    assert reason == "invalid" and "7 volumes: ask for at most 6 at once" in text
 
 
 def test_bad_requests_are_told_at_once(opened: Any) -> None:

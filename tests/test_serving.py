@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -209,8 +210,31 @@ def test_too_much_is_refused_with_a_hint(gaussian: Path) -> None:
     small = start(gaussian, "--active", "1", "--queue", "2")
     try:
         small.wait("ready: gaussian")
-        with small.client(tries=1) as client, pytest.raises(Unavailable, match="retry in"):
-            client.sample_many(64, 1, steps=1000, size=[16, 16, 16])
+        with small.client(tries=1) as client, pytest.raises(ValueError, match="ask for at most 3 at once"):
+            client.sample_many(4, 1, steps=2)
+        begun, stop = threading.Event(), threading.Event()
+
+        def told(*_: int) -> None:
+            begun.set()
+            if stop.is_set():
+                raise InterruptedError
+
+        def hold() -> None:
+            with small.client(tries=1) as client, suppress(InterruptedError):
+                while not stop.is_set():
+                    with suppress(Unavailable):
+                        client.sample_many(3, 1, steps=1000, size=[16, 16, 16], on_step=told)
+
+        with ThreadPoolExecutor(1) as pool, small.client(tries=1) as client:
+            holder = pool.submit(hold)
+            try:
+                assert begun.wait(60)
+                with pytest.raises(Unavailable, match="retry in"):
+                    for _ in range(50):  # until it comes while the other has the places
+                        client.sample_many(3, 1, steps=1000, size=[16, 16, 16])
+            finally:
+                stop.set()
+            holder.result(60)
         with small.client() as client:
             assert client.sample(1, steps=2).array.shape == (8, 12, 8)
         assert small.shared_memory()
