@@ -93,6 +93,7 @@ class AsyncClient:
             message = self._messages.request({**given, "ticket": ticket})
             end = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
             call = stub.ModelStreamInfer(iter([message]))
+            del message  # once it is sent, a copy of its arrays goes
             while True:
                 # gRPC would cut the stream of a task that is cancelled while it reads: see `_withdraw`.
                 reading = asyncio.ensure_future(call.read())

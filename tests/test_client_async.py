@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from served import Served
 
 from volcast import AsyncClient
 from volcast.runtime.client import Unavailable
+from volcast.runtime.exchange import Messages
 from volcast.runtime.metrics import METRICS
 from volcast.runtime.pipeline import Model, load
 from volcast.runtime.region import FOLDER
@@ -67,6 +70,27 @@ def idle(served: Served) -> dict[str, float]:
 
 def regions() -> list[Path]:
     return list(FOLDER.glob("volcast-region-*"))
+
+
+def test_what_was_sent_is_not_kept(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    request = Messages.request
+
+    def kept(self: Messages, given: Any) -> Any:
+        made.append(request(self, given))
+        return made[-1]
+
+    monkeypatch.setattr(Messages, "request", kept)
+
+    async def ask() -> None:
+        given = {"seed": 1, "steps": 1000, "size": [16, 16, 16], "num_samples": 64, "progress_every": 1}
+        async with client(served) as asking, aclosing(asking.answers(given)) as answers:
+            async for _ in answers:
+                if sys.getrefcount(made[0]) <= 2:  # the list's and the call's
+                    return
+        raise AssertionError("all volumes have come")
+
+    asyncio.run(ask())
 
 
 @pytest.mark.parametrize("shared_memory", [False, True])

@@ -53,6 +53,10 @@ def test_a_body_becomes_what_the_server_reads(reader: BodyReader, spec: Artifact
     order = reader.read(json.dumps(body).encode())
     assert order.volumes == 6 and order.steps > 10  # with the steps that are run again
     np.testing.assert_array_equal(order.place.affine, AFFINE)  # type: ignore[union-attr]
+    # Three times the image, the mask and two label maps, and nothing beside them.
+    arrays = [order.tensors[name] for name in ("image", "inpaint_mask", "mask", "negative_mask")]
+    assert 0 <= order.bytes - 3 * sum(one.nbytes for one in arrays) < 1024
+    assert set(vars(order.place)) == {"affine", "spacing_mm"}
     asked = read_request(spec, order.tensors)
     assert (asked.volumes, asked.weights, asked.settings["guidance"]) == (6, (1.0, 2.5, 7.1), 1.0)
     assert asked.condition["anterior"] == 0.3 and asked.negative["posterior"] == 0.7

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, final
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
 from volcast.runtime.asked import Asked, read_request
@@ -44,6 +45,20 @@ _FILE = re.compile(rb'"[A-Za-z0-9+/=\\]{4096,}"')
 _DECIMAL = re.compile(r"[0-9]{1,20}")
 
 
+COPIES = 3
+"""Of a request's tensors in memory: they, their message and its bytes on the way to the server. The latter two go once they
+are sent, and come again where another server takes its place."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where volumes lie, as `Volume` says it."""
+
+    affine: NDArray[np.float64]
+    spacing_mm: tuple[float, ...]
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class Order:
@@ -55,7 +70,7 @@ class Order:
         volumes: how many are answered.
         steps: calls of the network.
         shape: the spatial shape of each volume.
-        place: the image or label map that the volumes lie where, or None; the server answers with bare numbers then.
+        place: of the image or label map that the volumes lie where; the server answers with bare numbers then. Or None.
     """
 
     tensors: Mapping[str, Array]
@@ -63,12 +78,12 @@ class Order:
     volumes: int
     steps: int
     shape: tuple[int, ...]
-    place: Volume | None
+    place: Place | None
 
     @property
     def bytes(self) -> int:
-        """What it holds."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        """What it holds at most."""
+        return COPIES * sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 @final
@@ -125,7 +140,7 @@ class BodyReader:
         image = self._files.image(body.pop("image", None))
         spec = self._spec
         # The image of a one-pass model lends its style, and not its place.
-        place = place_of(spec, "request", image if isinstance(spec, ArtifactSpec) else None, [condition])
+        lies = place_of(spec, "request", image if isinstance(spec, ArtifactSpec) else None, [condition])
         if isinstance(spec, ArtifactSpec) and spec.low_res is not None:
             condition, negative = (dict(with_channels(spec, one)) for one in (condition, negative))
         inpaint = body.pop("inpaint", {})
@@ -133,6 +148,7 @@ class BodyReader:
         body |= {f"inpaint_{name}": int(value) for name, value in inpaint.items()}
         seed = self._seed(body.pop("seed", None))
         tensors = {name: self._tensor(name, value) for name, value in body.items()}
+        place = None if lies is None else Place(affine=lies.affine, spacing_mm=lies.spacing_mm)
         form = "nifti" if place is None else "float32"
         tensors |= {"seed": np.array([seed], np.uint64), "output_format": as_bytes(form)}
         if mask is not None:

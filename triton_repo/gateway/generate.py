@@ -20,7 +20,7 @@ from volcast.runtime.asked import decimal
 from volcast.runtime.interface import Array, text_of
 from volcast.runtime.volume import Volume
 
-from .body import BodyReader, Order
+from .body import BodyReader, Order, Place
 from .download import Download
 from .drain import Drain
 from .events import EventStream, event, unless_gone
@@ -210,7 +210,7 @@ class Generate:
         return f"{self._model}-{seed}-{sample}.nii.gz"
 
 
-def _placed(tensors: dict[str, Array], place: Volume) -> dict[str, Array]:
+def _placed(tensors: dict[str, Array], place: Place) -> dict[str, Array]:
     """The answer with its volume as a file that lies where `place` does."""
     volume = unpack_volume(tensors, place.spacing_mm)
     return tensors | pack_volume(Volume(volume.array, place.affine, place.spacing_mm), "nifti")

@@ -15,7 +15,7 @@ class Limits:
     Attributes:
         body_bytes: of a request, before it is read, its files left out.
         file_bytes: of a request with its files (images and label maps, in base64), where the model takes some.
-        held_bytes: of requests that are read, and of the images in those under way, of all callers together.
+        held_bytes: of requests that are read, and thrice the images in those under way (`COPIES`), of all callers together.
         voxels: of one volume; an artifact's own axes may allow far more than the machine can hold.
         previews: of one request, each of which is decoded like a volume.
         rate: requests a second of one key, in the long run; twice as many at once.
