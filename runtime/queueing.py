@@ -161,7 +161,8 @@ class Queueing:
                 self._current = one
             began = time.perf_counter()
             one.run(self._between)
-            self._last_s = time.perf_counter() - began
+            if one.exception() is None:  # what was cancelled tells nothing of how long the next takes
+                self._last_s = time.perf_counter() - began
 
     def _between(self) -> None:
         self.steps += 1

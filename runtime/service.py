@@ -292,7 +292,7 @@ def _counts(kind: str, sample: int, step: int) -> dict[str, Any]:
 def _told(error: BaseException) -> tuple[Reason, str]:
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, _core.Overloaded):
-        return "unavailable", f"{text}; retry in {error.retry_s:.1f} s"
+        return "unavailable", f"{text}; retry in {max(0.1, error.retry_s):.1f} s"
     if isinstance(error, CancelledError | Expired):
         return "cancelled" if isinstance(error, CancelledError) else "unavailable", text
     return "invalid" if isinstance(error, ValueError) else "internal", text

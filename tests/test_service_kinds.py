@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,8 +21,11 @@ from volcast.runtime.generator_model import GeneratorModel
 from volcast.runtime.interface import inputs, text_of
 from volcast.runtime.pipeline import load
 from volcast.runtime.probe import warm_up
+from volcast.runtime.queueing import Queueing
+from volcast.runtime.request import OnStep
 from volcast.runtime.service import Service
 from volcast.runtime.token_model import TokenModel
+from volcast.runtime.volume import Volume
 
 CONTEXT = np.random.default_rng(3).normal(size=(3, 8)).astype(np.float32)
 LENGTH = 12
@@ -122,12 +127,36 @@ def test_deadlines_hold_for_who_waits_and_who_is_under_way(tokens: tuple[TokenMo
 
 def test_too_many_are_refused_with_a_hint(tokens: tuple[TokenModel, Service]) -> None:
     model, service = tokens
+    first = Heard()
+    service.accept(asked(seed=3), first)  # takes less than the hint tells apart
+    assert first.ended.wait(60)
     heard, more = held(model, service, 4), Heard()
     until(lambda: model.queueing.stats().queued == 3)
     service.accept(asked(seed=2), more)
-    assert more.ended.wait(60) and more.ends[0][0] == "unavailable" and "retry in" in more.ends[0][1]
+    assert more.ended.wait(60) and more.ends[0][0] == "unavailable"
+    hint = re.search(r"retry in ([\d.]+) s$", more.ends[0][1])
+    assert hint is not None and float(hint[1]) >= 0.1
     model.engine.gate.set()
     assert heard.ended.wait(60) and heard.ends == [("done", "")]
+
+
+def test_a_sample_that_failed_tells_nothing_of_how_long_the_next_takes() -> None:
+    gate, queueing = threading.Event(), Queueing(1)
+
+    def job(_: OnStep) -> Volume:
+        assert gate.wait(60)
+        raise ValueError("enough")
+
+    gate.set()
+    assert isinstance(queueing.submit(job, Turns(), None).exception(60), ValueError)
+    until(lambda: queueing.stats().active == 0)
+    gate.clear()
+    queueing.submit(job, Turns(), None)
+    with pytest.raises(_core.Overloaded) as caught:
+        queueing.submit(job, Turns(), None)
+    assert caught.value.retry_s == 1.0  # as before any
+    gate.set()
+    queueing.close(drain=True)
 
 
 def test_a_higher_priority_goes_first_and_equals_as_they_came(tiny_tokens: Callable[[Tiny], Path]) -> None:
