@@ -43,7 +43,7 @@ class Turns:
     """How a sample shares the network with others.
 
     Attributes:
-        priority: -8..8; each level doubles its share.
+        priority: -8..8; each level doubles its share, or where samples share no calls (`Queueing`) higher ones go first.
         deadline_s: seconds from now; None: none. A sample that cannot meet it any more ends with `Expired`.
     """
 

@@ -46,7 +46,12 @@ def request(
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
-    priority: Annotated[int, typer.Option(help="-8..8, each level doubles the share.")] = 0,
+    priority: Annotated[
+        int,
+        typer.Option(
+            help="-8..8, each level doubles the share (token and one-pass models: higher ones first)."
+        ),
+    ] = 0,
     timeout: Annotated[
         float | None,
         typer.Option(min=1e-3, help="Seconds, after which the request is given up; left out: none."),

@@ -57,7 +57,7 @@ class RequestOptions(Settings, ChoiceSettings, total=False):
     condition, negative, size, image, inpaint: as `Model.sample_many` takes them.
     on_step: called with the steps done and to do, over all volumes; what it raises cancels the request.
     on_preview: called with the steps done and the volume as it is by then, every `preview_every` (10) steps.
-    priority: -8..8, each level doubles the share.
+    priority: -8..8, each level doubles the share; of a token or one-pass model higher ones go first.
     deadline_s: the server gives the request up when it cannot meet it.
     timeout_s: the client does.
     output_format: how volumes cross; float32 (the default) gives the bits of `Model.sample_many`.

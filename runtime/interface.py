@@ -46,12 +46,13 @@ def inputs(spec: Manifest) -> tuple[Tensor, ...]:
 
     Raises ValueError: a condition or field has the name of a setting.
     """
+    shares = isinstance(spec, ArtifactSpec)
     found = [
         Tensor(name="seed", dtype="uint64", shape=(1,), text="sample i takes its noise from (seed, i); default: drawn, and answered"),
         Tensor(name="num_samples", dtype="int32", shape=(1,), text=f"1..{MOST_SAMPLES} volumes, default 1"),
         Tensor(name="first_sample", dtype="int32", shape=(1,), text="the number i of the first of them, default 0"),
         *_settings(spec),
-        Tensor(name="priority", dtype="int32", shape=(1,), text="-8..8, each level doubles the share, default 0"),
+        Tensor(name="priority", dtype="int32", shape=(1,), text=f"-8..8, {'each level doubles the share' if shares else 'higher ones first'}, default 0"),
         Tensor(name="deadline_s", dtype="float32", shape=(1,), text="seconds from arrival after which it is given up, default none"),
         Tensor(name="progress_every", dtype="int32", shape=(1,), text="steps between reports of progress, default 0: none"),
         Tensor(name="ticket", dtype="uint64", shape=(1,), text="a number that the caller draws to cancel by, default none"),

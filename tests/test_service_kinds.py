@@ -304,3 +304,5 @@ def test_each_kind_has_its_own_settings(
     }  # fmt: skip
     assert names[0] - shared == {"temperature", "top_k", "top_p", "context"}
     assert names[1] - shared == {"image", "mask"} and shared <= names[0] & names[1]
+    for model, _ in (tokens, one_pass):  # `Queueing` takes them in order
+        assert "-8..8, higher ones first, default 0" in [one.text for one in inputs(model.spec)]
