@@ -19,6 +19,7 @@ from volcast import _core
 from .autoencoder import Given, decode, decoder_conditions, encode
 from .batch_memory import BatchMemory
 from .engine import Engine
+from .exit import close_at_exit
 from .host_memory import HostMemory
 from .inpaint import Known
 from .job import Job
@@ -89,7 +90,7 @@ class _Open:
 class Batching:
     """Two threads over one artifact: one takes turns in C++ (csrc/batcher.hpp), one decodes and answers.
 
-    Safe to use from any thread. `close` it, or use it as a context manager.
+    Safe to use from any thread. `close` it, or use it as a context manager; the interpreter's end cancels what is left.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class Batching:
         ]
         for thread in self._threads:
             thread.start()
+        close_at_exit(self)
 
     def __enter__(self) -> Batching:
         return self

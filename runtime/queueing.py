@@ -13,6 +13,7 @@ from typing import final
 from volcast import _core
 
 from .batching import Expired, Turns
+from .exit import close_at_exit
 from .request import SAMPLES_OF_A_SEED, OnStep
 from .sizes import whole
 from .volume import Volume
@@ -88,7 +89,7 @@ class Queued(Future[Volume]):
 class Queueing:
     """One thread that makes samples in the order of their priority, those of one priority as they came.
 
-    Safe to use from any thread; `close` it.
+    Safe to use from any thread; `close` it; the interpreter's end cancels what is left.
 
     Attributes:
         steps: of samples that have been taken, those of samples that were cancelled among them.
@@ -124,6 +125,7 @@ class Queueing:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="volcast queue", daemon=True)
                 self._thread.start()
+                close_at_exit(self)
             self._changed.notify_all()
         return one
 
