@@ -30,7 +30,9 @@ from .volume import Volume
 Stage = Mapping[str, Any]
 """What `Model.sample_many` takes but n, seed and on_step."""
 _SAMPLES = ("batch", "condition", "negative", "size", "image", "inpaint")
-_NUMBERS = {"steps": int, "batch": int, "eta": float, "guidance": float}
+_NUMBERS = {
+    "steps": int, "batch": int, "eta": float, "guidance": float, "label": int, "scale": float, "reuse": int,
+}  # fmt: skip
 _TEXTS = ("scheduler", "spacing", "compat")
 
 
@@ -166,13 +168,22 @@ def stage_folder(text: str) -> Path:
 def parse_stage(text: str, spec: ArtifactSpec) -> dict[str, Any]:
     """What `Chain` takes for the stage of such a text, whose artifact is `spec`.
 
-    Raises ValueError: neither a setting nor a condition of it; a value that is none.
+    Raises ValueError: neither a setting nor a condition of it; one given twice; a value that is none.
     """
     pairs = text.split(",")[1:]
     stage: dict[str, Any] = {}
     conditions: list[str] = []
+    settings = (*_NUMBERS, *_TEXTS)
+    own = [name for one in spec.conditions for name in (one.name, *(field.name for field in one.fields))]
     for pair in pairs:
-        name, _, value = pair.partition("=")
+        name, _, value = (part.strip() for part in pair.partition("="))
+        if name not in (*settings, *own):
+            shown = ", ".join(one for one in own if one != LOW_RES) or "none"
+            raise ValueError(
+                f"[chain] --then {text}: unknown name {name!r}; settings: {', '.join(settings)}; conditions: {shown}"
+            )
+        if name in stage:
+            raise ValueError(f"[chain] --then {text}: {name} is given twice; give it once")
         if name in _TEXTS:
             stage[name] = value
         elif name in _NUMBERS:

@@ -233,14 +233,19 @@ def test_on_the_command_line(
     for text, message in (
         (f"{upscaler},steps=two", "steps=two is no number"),
         (f"{upscaler},noise_level", "'noise_level': write name=number"),
-        (f"{upscaler},level=3", r"unknown name 'level'"),
+        (
+            f"{upscaler},level=3",
+            "unknown name 'level'; settings: steps, batch, eta, guidance, label, scale, reuse, ",
+        ),
+        (f"{upscaler},level=3", "; conditions: tau, noise_level"),
+        (f"{upscaler},steps=3,steps=4", "steps is given twice; give it once"),
+        (f"{upscaler},noise_level=3,noise_level=4", "noise_level is given twice; give it once"),
         (str(tmp_path), "manifest.json"),
         (gaussian, "takes no low-resolution image"),
     ):
         assert app([*given, "--then", text]) == 2
         assert message in capfd.readouterr().err
-    assert parse_stage(f"{upscaler},steps=3,eta=0.5,scheduler=ddim", chain.specs[1]) == {
-        "steps": 3,
-        "eta": 0.5,
-        "scheduler": "ddim",
-    }
+    text = f"{upscaler}, steps=3,eta = 0.5,scheduler= ddim,label=1,scale=3, noise_level = 4"
+    assert parse_stage(text, chain.specs[1]) == {
+        "steps": 3, "eta": 0.5, "scheduler": "ddim", "label": 1, "scale": 3.0, "condition": {"noise_level": 4.0},
+    }  # fmt: skip
