@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -197,6 +198,14 @@ def _inpainted(image: Any, inpaint: Inpaint) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _told(value: Any) -> str:
+    """One line: arrays by type and shape."""
+    given = value.array if isinstance(value, Volume) else value
+    if isinstance(given, np.ndarray) and given.ndim:
+        return f"{given.dtype} {given.shape}"
+    return " ".join(reprlib.repr(given).split())
+
+
 @final
 class Messages:
     """Triton's gRPC messages to and from one model of the server at `address` (ValueError: no host and port)."""
@@ -263,11 +272,14 @@ class Messages:
             datatype, shape = self._inputs[name]
             try:
                 given_array = as_bytes(value) if isinstance(value, str) else value
-                array = np.asarray(given_array, triton_to_np_dtype(datatype))
+                with np.errstate(invalid="ignore"):  # NaN as a whole number, which the comparison finds
+                    array = np.asarray(given_array, triton_to_np_dtype(datatype))
                 if array.dtype.kind in "iu" and not np.array_equal(array, given_array):
                     raise ValueError(name)  # a fraction, which numpy would cut off
             except (TypeError, ValueError, OverflowError) as error:
-                raise ValueError(f"[client] {name}={value!r}: need {datatype} {list(shape)}") from error
+                raise ValueError(f"[client] {name}={_told(value)}: need {datatype} {list(shape)}") from error
+            if name == "image" and array.ndim == len(shape) + 1 and array.shape[0] == 1:
+                array = array[0]  # its one channel, as `Model.sample` takes it
             if array.ndim < 2 and array.size == math.prod(shape) and -1 not in shape:
                 array = array.reshape(shape)
             elif array.ndim == 0 and shape == (-1,):
