@@ -50,6 +50,15 @@ class Choice:
             raise ValueError(f"[sample] top_p={self.top_p}: need above 0, at most 1; leave it out for all")
 
 
+def make_choice(settings: ChoiceSettings) -> Choice:
+    """ValueError: an unknown setting. Numbers are checked by `Choice.check`."""
+    known = ChoiceSettings.__annotations__
+    unknown = ", ".join(settings.keys() - known.keys())
+    if unknown:
+        raise ValueError(f"[sample] unknown setting {unknown}; known: {', '.join(known)}")
+    return Choice(**settings)
+
+
 def probabilities(logits: NDArray[np.floating], choice: Choice) -> NDArray[np.float64]:
     """float64 `[N, codes]`, rows that sum to 1, from logits `[N, codes]` of the codes alone.
 

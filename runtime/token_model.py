@@ -23,7 +23,7 @@ from .report import Report, Stopwatch
 from .request import SAMPLES_OF_A_SEED, OnStep
 from .sizes import check_size, whole
 from .spec import Manifest
-from .token_choice import Choice, ChoiceSettings
+from .token_choice import Choice, ChoiceSettings, make_choice
 from .token_sequence import Drawn, Indices, TokenSequence, draw_sequences, log_likelihoods
 from .token_spec import TokenSpec
 from .volume import Volume, centred_affine
@@ -93,7 +93,7 @@ class TokenModel:
         Raises:
             ValueError: anything out of range, before any work; logits or volumes that are not finite.
         """
-        choice = Choice(**settings)
+        choice = make_choice(settings)
         parts = self._parts(n, seed, batch, choice)
         values = self._conditions(condition)
         return self._run(parts, seed, values, choice, on_step)
@@ -116,7 +116,7 @@ class TokenModel:
         Raises:
             ValueError: anything out of range, before any work; `_core.Overloaded`: too many wait.
         """
-        choice = Choice(**settings)
+        choice = make_choice(settings)
         parts = [check_sample(sample)]
         self._parts(1, seed, 1, choice)
         values = self._conditions(condition)
@@ -150,7 +150,7 @@ class TokenModel:
         **settings: Unpack[ChoiceSettings],
     ) -> Indices:
         """The code indices int64 `[n, *token_shape]` of what `sample_many` makes of the same arguments."""
-        choice = Choice(**settings)
+        choice = make_choice(settings)
         parts = self._parts(n, seed, batch, choice)
         values = self._conditions(condition)
         drawn = [self._draw(part, seed, values, choice, None).tokens for part in parts]
@@ -160,7 +160,7 @@ class TokenModel:
         self, seed: int = 0, *, condition: Condition | None = None, **settings: Unpack[ChoiceSettings]
     ) -> tuple[Indices, NDArray[np.float32]]:
         """`tokens(1, ...)` and the logits float32 `[1, L, tokens]` from which each token of the sequence was drawn."""
-        choice = Choice(**settings)
+        choice = make_choice(settings)
         (part,) = self._parts(1, seed, 1, choice)
         drawn = self._draw(part, seed, self._conditions(condition), choice, None, keep=True)
         assert drawn.logits is not None

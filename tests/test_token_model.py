@@ -161,6 +161,7 @@ def test_tokens_follow_the_distribution_that_the_logits_say(opened: Callable[[Ti
         ({"top_k": 0}, "top_k=0"),
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"top_p": 1.5}, "top_p=1.5"),
+        ({"steps": 3}, "[sample] unknown setting steps; known: temperature, top_k, top_p"),
         ({"batch": 65}, "batch"),
         ({"batch": 0}, "batch"),
         ({"seed": -1}, "seed=-1"),
