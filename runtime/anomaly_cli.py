@@ -43,7 +43,7 @@ def anomaly(
     """Map what is unlike health in an image: to noise by DDIM backwards, back under guidance, |x - x_hat|."""
     from .artifact import read_artifact
     from .cli import progress
-    from .condition_text import parse_conditions
+    from .condition_text import files_of, parse_conditions
     from .pipeline import load
     from .sample_output import check_apart, output_files
     from .volume import read_nifti
@@ -51,7 +51,7 @@ def anomaly(
     outputs = [output, *([] if reconstruction is None else [reconstruction])]
     for path in outputs:
         output_files(path, 1, None)
-    check_apart(outputs, [image])
+    check_apart(outputs, [image, *files_of((*(condition or ()), *(observed or ())))])
     spec = read_artifact(artifact)
     healthy = parse_conditions(spec, condition or ())
     shown = None if observed is None else parse_conditions(spec, observed)

@@ -121,7 +121,7 @@ def sample(
 ) -> None:
     """Sample volumes and write them as NIfTI."""
     from .chain import Chain, stage_folder
-    from .condition_text import parse_weights
+    from .condition_text import files_of, parse_weights
     from .default_artifact import default_artifact
     from .engine_auto import resolve_engine
     from .pipeline import load
@@ -133,7 +133,10 @@ def sample(
     weights = parse_weights(guidance)
     places = make_places(
         output, count, png, mean, variance, weights if isinstance(weights, list) else (),
-        [path for path in (image, inpaint) if path is not None],
+        [
+            *(path for path in (image, inpaint) if path is not None),
+            *files_of((*(condition or ()), *(negative or ())), mask or (), then or ()),
+        ],
     )  # fmt: skip
     asked = Asked(
         settings={

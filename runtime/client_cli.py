@@ -60,14 +60,15 @@ def request(
 ) -> None:
     """Ask a server for volumes and write them as NIfTI."""
     from .client import Client
-    from .condition_text import parse_conditions, parse_weights
+    from .condition_text import files_of, parse_conditions, parse_weights
     from .sample_output import check_apart, output_files
     from .sizes import parse_sizes
     from .volume import read_nifti
 
     weights = parse_weights(guidance)
     outputs = output_files(output, count, None, weights if isinstance(weights, list) else ())
-    check_apart(outputs, [path for path in (image, inpaint) if path is not None])
+    images = [path for path in (image, inpaint) if path is not None]
+    check_apart(outputs, [*images, *files_of((*(condition or ()), *(negative or ())))])
     given: dict[str, Any] = {
         "steps": steps,
         "scheduler": scheduler,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,15 @@ def parse_conditions(
         else:
             values[name] = _read(name, value[1:]) if value.startswith("@") else _numbers(spec, name, value)
     return values
+
+
+def files_of(texts: Iterable[str], masks: Iterable[str] = (), then: Iterable[str] = ()) -> list[Path]:
+    """The files that conditions, `FILE` or `NAME=FILE` of label maps, and stages of a chain are read from."""
+    pairs = [*texts, *(pair for stage in then for pair in stage.split(",")[1:])]
+    values = [text.partition("=")[2].strip() for text in pairs]
+    named = [Path(value[1:]) for value in values if value.startswith("@")]
+    # Which of the two a mask is, the artifact tells that is not open yet.
+    return named + [Path(one) for mask in masks for one in (mask, mask.partition("=")[2]) if one]
 
 
 def mask_texts(spec: Manifest, paths: Iterable[str]) -> list[str]:

@@ -30,7 +30,7 @@ def heal(
 ) -> None:
     """Replace what a token model finds unlikely in an image, and map where and how much the image differs."""
     from .artifact import read_manifest
-    from .condition_text import parse_conditions
+    from .condition_text import files_of, parse_conditions
     from .sample_output import check_apart, output_files
     from .token_model import load_tokens
     from .volume import Volume, read_nifti
@@ -38,7 +38,7 @@ def heal(
     outputs = [output, *([] if healed is None else [healed])]
     for path in outputs:
         output_files(path, 1, None)
-    check_apart(outputs, [image])
+    check_apart(outputs, [image, *files_of(condition or ())])
     given = read_nifti(image)
     model = load_tokens(artifact, read_manifest(artifact), engine, threads)
     found = model.heal(given, quantile=quantile, condition=parse_conditions(model.spec, condition or ()))

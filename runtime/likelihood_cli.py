@@ -44,7 +44,7 @@ def likelihood(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
 ) -> None:
     """How likely a model finds images, in nats, for out-of-distribution detection: log p, or a bound of it (diffusion)."""
-    from .condition_text import parse_conditions
+    from .condition_text import files_of, parse_conditions
     from .pipeline import load
     from .roc import roc
     from .sample_output import check_apart, output_files
@@ -54,7 +54,7 @@ def likelihood(
     known, unlike = nifti_files(images), [] if against is None else nifti_files([against])
     if output is not None:
         output_files(output, 1, None)
-        check_apart([output], known)
+        check_apart([output], [*known, *files_of(condition or ())])
         if len(known) != 1 or unlike:
             raise ValueError(
                 f"[likelihood] --output {output}: holds the map of one image; give one, not {len(known) + len(unlike)}"

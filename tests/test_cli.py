@@ -245,6 +245,22 @@ def test_outputs_stay_apart_from_inputs_and_one_another(
     ):
         assert run("sample", gaussian, *words) == 2
         assert message in capsys.readouterr().err
+    condition = f"lab=@{scan}"
+    for words in (
+        ("sample", gaussian, "-c", condition),
+        ("sample", gaussian, "--negative", condition),
+        ("sample", gaussian, "--mask", scan),
+        ("sample", gaussian, "--mask", f"lab={scan}"),
+        ("sample", gaussian, "--then", f"{gaussian},steps=2,{condition}"),
+        ("request", "-c", condition),
+        ("request", "--negative", condition),
+        ("likelihood", gaussian, tmp_path / "x.nii", "-c", condition),
+        ("anomaly", gaussian, tmp_path, "-c", condition),
+        ("anomaly", gaussian, tmp_path, "--observed", condition),
+        ("heal", gaussian, tmp_path, "-c", condition),
+    ):
+        assert run(*words, "-o", scan) == 2
+        assert "scan.nii.gz is read, and would be replaced" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["scan.nii.gz"] and scan.read_bytes() == before
 
 
