@@ -45,6 +45,7 @@ def likelihood(
 ) -> None:
     """How likely a model finds images, in nats, for out-of-distribution detection: log p, or a bound of it (diffusion)."""
     from .condition_text import files_of, parse_conditions
+    from .generator_model import GeneratorModel
     from .pipeline import load
     from .roc import roc
     from .sample_output import check_apart, output_files
@@ -64,6 +65,10 @@ def likelihood(
             f"[likelihood] --against: {len(known)} images and {len(unlike)}: need 2 or more of each"
         )
     model = load(artifact, engine, threads)
+    if isinstance(model, GeneratorModel):
+        raise ValueError(
+            f"[likelihood] {model.spec.name} makes an image in one pass and has no log p; give a diffusion or token model"
+        )
     given = parse_conditions(model.spec, condition or ())
     if isinstance(model, TokenModel) and (steps is not None or seed is not None):
         raise ValueError(f"[likelihood] --steps, --seed: {model.spec.name} has log p itself; leave them out")

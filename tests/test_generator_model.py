@@ -160,6 +160,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         ("verify", str(folder), str(tmp_path / "bundle"), "--steps", "3"): "--steps: bundle makes an image in one pass",
         ("verify", str(folder)): "[verify] BUNDLE: give the bundle",
         ("generate", str(folder), "--out", str(tmp_path / "set"), "--num", "1", "--steps", "3"): "steps: bundle makes an image in one pass; known: none",
+        ("likelihood", str(folder), str(tmp_path / "style.nii.gz")): "[likelihood] bundle makes an image in one pass and has no log p",
         ("quantize", str(folder), "-o", str(tmp_path / "int8")): "makes an image in one pass",
         ("pack", str(folder), "-o", str(tmp_path / "pack.tar")): "makes an image in one pass",
         ("build", str(folder), "--target", "cuda"): "makes an image in one pass",
