@@ -143,10 +143,10 @@ def _given_settings(spec: Manifest, given: Mapping[str, Array]) -> Any:
         if "scheduler" in given:
             found["scheduler"] = _text(given, "scheduler")
         if "guidance" in given:
-            weights = [decimal(weight) for weight in given["guidance"]]
+            weights = [float(weight) for weight in given["guidance"]]
             found["guidance"] = weights if len(weights) > 1 else weights[0]
         if "strength" in given:
-            found["strength"] = decimal(given["strength"][0])
+            found["strength"] = float(given["strength"][0])
         return found
     chosen = {name: given[name][0].item() for name in ChoiceSettings.__annotations__ if name in given}
     if isinstance(spec, TokenSpec):
@@ -190,8 +190,8 @@ def _conditions(spec: Manifest, given: Mapping[str, Array], prefix: str = "") ->
 
 
 def decimal(value: np.generic) -> float:
-    """The number that was written, of which `value` is the nearest float32: 0.9 and not 0.89999998, whose bits, and
-    with `strength` steps, would not be those of `Model.sample`."""
+    """The number that was written, of which `value` is the nearest float32: 0.9 and not 0.89999998, whose bits would not
+    be those of `Model.sample`."""
     return float(str(value))
 
 

@@ -97,7 +97,7 @@ def _settings(spec: Manifest) -> list[Tensor]:
         return [
             Tensor(name="steps", dtype="int32", shape=(1,), text=f"denoising steps, 1..{last}, default {own.steps}"),
             Tensor(name="scheduler", dtype="uint8", shape=(-1,), text=f"ddim, ddpm, pndm, dpm-solver++ or rflow, default {own.scheduler}"),
-            Tensor(name="guidance", dtype="float32", shape=(-1,), text="weight of classifier-free guidance, 0..100, or several: for each sample a volume at each; default none"),
+            Tensor(name="guidance", dtype="float64", shape=(-1,), text="weight of classifier-free guidance, 0..100, or several: for each sample a volume at each; default none"),
             Tensor(name="size", dtype="int32", shape=(len(spatial),), text=f"the latent's sizes, default {spatial}"),
             Tensor(name="preview_every", dtype="int32", shape=(1,), text="steps between previews, default 0: none"),
         ]  # fmt: skip
@@ -118,7 +118,7 @@ def _images(spec: Manifest) -> list[Tensor]:
         return [Tensor(name="image", dtype="float32", shape=image, text="an image whose style the volumes have, default none")]  # fmt: skip
     return [
         Tensor(name="image", dtype="float32", shape=image, text="an image to start from, default none"),
-        Tensor(name="strength", dtype="float32", shape=(1,), text="with image: how far it is noised, up to 1, default 1"),
+        Tensor(name="strength", dtype="float64", shape=(1,), text="with image: how far it is noised, up to 1, default 1"),
         Tensor(name="inpaint_mask", dtype="float32", shape=image, text="with image, of its shape: not 0 where to paint anew, default none"),
         Tensor(name="inpaint_resamples", dtype="int32", shape=(1,), text=f"with inpaint_mask: runs of each stretch of steps, 1..1000, at most {MOST_CALLS} steps a volume, {MOST_ROWS} a request, default {Inpaint.resamples}"),
         Tensor(name="inpaint_jump_length", dtype="int32", shape=(1,), text=f"with inpaint_mask: steps of such a stretch, default {Inpaint.jump_length}"),
@@ -137,7 +137,7 @@ def outputs(spec: Manifest) -> tuple[Tensor, ...]:
         guidance = [
             Tensor(
                 name="guidance",
-                dtype="float32",
+                dtype="float64",
                 shape=(1,),
                 text="of a volume, where several weights were given: its own",
             )

@@ -230,7 +230,7 @@ class Service:
                 }
                 weight = one.asked.weight(sample)
                 if weight is not None:
-                    tensors["guidance"] = np.array([weight], np.float32)
+                    tensors["guidance"] = np.array([weight], np.float64)
                 if one.region is not None:
                     tensors = place_volume(tensors, one.asked.output_format, one.region)
                 if self._send(one, tensors):

@@ -37,7 +37,7 @@ class Full(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def ModelMetadata(self, request: Any, context: grpc.ServicerContext) -> Any:
         answer = service_pb2.ModelMetadataResponse()
-        names = {"int32": "INT32", "uint64": "UINT64", "uint8": "UINT8", "float32": "FP32"}
+        names = {"int32": "INT32", "uint64": "UINT64", "uint8": "UINT8", "float32": "FP32", "float64": "FP64"}
         for one in inputs(self._spec):
             answer.inputs.add(name=one.name, datatype=names[one.dtype], shape=one.shape)
         return answer

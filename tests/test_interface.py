@@ -34,9 +34,9 @@ def test_what_is_given_is_read(spec: ArtifactSpec) -> None:
         spec,
         {
             "seed": one(2**64 - 1, "uint64"), "num_samples": one(3, "int32"), "steps": one(7, "int32"),
-            "scheduler": as_bytes("pndm"), "guidance": one(2, "float32"), "size": np.array([4, 6, 8], np.int32),
+            "scheduler": as_bytes("pndm"), "guidance": one(2, "float64"), "size": np.array([4, 6, 8], np.int32),
             "priority": one(-8, "int32"), "deadline_s": one(0.5, "float32"), "output_format": as_bytes("nifti"),
-            "anterior": one(0.25, "float32"), "image": np.zeros((4, 4, 4), np.float32), "strength": one(0.5, "float32"),
+            "anterior": one(0.25, "float32"), "image": np.zeros((4, 4, 4), np.float32), "strength": one(0.5, "float64"),
         },
     )  # fmt: skip
     assert (asked.seed, asked.samples, asked.size, asked.priority) == (2**64 - 1, 3, (4, 6, 8), -8)
@@ -58,7 +58,7 @@ def test_what_is_given_is_read(spec: ArtifactSpec) -> None:
         ({"scheduler": as_bytes(b"\xff")}, "not UTF-8"),
         ({"scheduler": as_bytes("x" * 101)}, "101 letters"),
         ({"scheduler": np.zeros(0, np.uint8)}, r"\[0\]"),
-        ({"guidance": one(np.nan, "float32")}, "guidance=nan"),
+        ({"guidance": one(np.nan, "float64")}, "guidance=nan"),
         ({"num_samples": one(65, "int32")}, "num_samples=65: need 1..64"),
         ({"output_format": as_bytes("png")}, "need one of float32"),
         ({"preview_every": one(-1, "int32")}, "preview_every=-1"),

@@ -16,7 +16,6 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
 from volcast.runtime.answers import pack_volume, unpack_volume
-from volcast.runtime.asked import decimal
 from volcast.runtime.interface import Array, text_of
 from volcast.runtime.volume import Volume
 
@@ -199,7 +198,7 @@ class Generate:
             return {"sample": sample, "step": step, "steps": order.steps, "url": f"/v1/volumes/{key}"}
         key = self._store.put(content, owner=caller, filename=filename, preview=False)
         header = nibabel.Nifti1Header.from_fileobj(gzip.GzipFile(fileobj=io.BytesIO(content)))
-        guidance = {"guidance": decimal(tensors["guidance"][0])} if "guidance" in tensors else {}
+        guidance = {"guidance": float(tensors["guidance"][0])} if "guidance" in tensors else {}
         return {
             "sample": sample, **guidance, "seed": str(int(tensors["seed"][0])), "shape": list(header.get_data_shape()),
             "affine": tensors["affine"].reshape(4, 4).tolist(), "seconds": [float(one) for one in tensors["seconds"]],
