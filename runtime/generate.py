@@ -36,6 +36,7 @@ DEPTH = 2
 FALLS = 5
 """After so many deaths without a volume in between a slot is given up."""
 _LONGEST_PAUSE_S = 30.0
+_OF_TOKENS = ("temperature", "top_k", "top_p")
 
 
 @final
@@ -124,6 +125,11 @@ def prepare(
     conditions = parse_dataset_conditions(spec, condition)
     other = parse_conditions(spec, negative)
     if isinstance(spec, ArtifactSpec):
+        of_tokens = [name for name in _OF_TOKENS if name in given]
+        if of_tokens:
+            raise ValueError(
+                f"[generate] {', '.join(of_tokens)}: for token models (a VQVAE with a transformer); leave it out"
+            )
         wanted: Any = {"steps": None, "scheduler": None, "guidance": None, **given}
         request = make_request(spec, seed, wanted)
         refuse_reuse(request, "generate", "call Model.sample_many, which keeps features")
@@ -145,7 +151,7 @@ def prepare(
 
 def _own_settings(spec: Manifest, given: Mapping[str, Any]) -> dict[str, Any]:
     """Those of a token model, of a one-pass model none. ValueError: others, or out of range."""
-    known = ("temperature", "top_k", "top_p") if isinstance(spec, TokenSpec) else ()
+    known = _OF_TOKENS if isinstance(spec, TokenSpec) else ()
     unknown = [name for name in given if name not in known]
     if unknown:
         kind = "samples tokens" if known else "makes an image in one pass"

@@ -102,5 +102,7 @@ def test_one_pass_and_diffusion_models_have_no_temperature(
     mask = [f"mask=@{tmp_path / 'labels.nii.gz'}"]
     with pytest.raises(ValueError, match="temperature: .* makes an image in one pass; known: none"):
         prepare(spade, 1, condition=mask, settings={"temperature": 1.0})
-    with pytest.raises(ValueError, match="unknown setting temperature; known: steps"):
-        prepare(gaussian, 1, settings={"temperature": 1.0})
+    with pytest.raises(
+        ValueError, match=r"\[generate\] temperature, top_k: for token models .*; leave it out"
+    ):
+        prepare(gaussian, 1, settings={"temperature": 1.0, "top_k": 3})
