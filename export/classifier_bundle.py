@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ SETTINGS = frozenset({"bundle_root", ROLE, "classifier_weights_key"})
 
 def read_classifier(
     folder: Path,
+    latent_shape: Sequence[int],
     *,
     config: Path | None = None,
     weights: Mapping[str, Path] | None = None,
@@ -28,6 +29,7 @@ def read_classifier(
 ) -> tuple[torch.nn.Module, dict[str, str]]:
     """The classifier of a bundle folder or config file in float32, eval mode, on the CPU, and its provenance.
 
+    It must take x `[N, *latent_shape]`, by its config.
     Its weights are a file of `weights` (`classifier`), of a `load_state_dict` of the config, or of its CheckpointLoader;
     `settings` replace config keys by id, `classifier` chooses a component. Raises ValueError, one line, with the remedy.
     """
@@ -49,6 +51,12 @@ def read_classifier(
             "--set classifier=KEY"
         )
     plan = plan_network(ids[0], str(read.raw(ids[0]).get("_target_")), read.arguments(ids[0]))
+    takes = plan.arguments["in_channels"], *plan.arguments["input_shape"]
+    if takes != tuple(latent_shape):
+        raise ValueError(
+            f"[bundle] {ids[0]} takes x of {_by(takes)} by its in_channels and input_shape: the artifact's latent is "
+            f"{_by(latent_shape)}; train one for it, or add this to another artifact"
+        )
     path, keys = weight_file(read, root, plan, weights or {})
     LargeFiles(root).check(path)
     checkpoint = read_checkpoint(path)
@@ -60,3 +68,7 @@ def read_classifier(
         "classifier_file": path.name,
         "classifier_sha256": digest(path),
     }
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))

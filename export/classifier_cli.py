@@ -25,11 +25,14 @@ def classifier(
     """Copy an artifact and add a classifier of noisy images, for `volcast sample --label` and `volcast anomaly --label`."""
     if output.exists() and not force:
         raise ValueError(f"[classifier] {output} exists: remove it, choose another name, or pass --force")
+    from volcast.runtime.artifact import read_artifact
+
     from .classifier_bundle import read_classifier
     from .gradient import add_classifier
 
     files, values = weight_files(weights), config_settings(settings)
-    network, provenance = read_classifier(bundle, config=config, weights=files, settings=values)
+    latent_shape = read_artifact(artifact).latent_shape
+    network, provenance = read_classifier(bundle, latent_shape, config=config, weights=files, settings=values)
     spec = add_classifier(artifact, network, output, replace=force, provenance=provenance)
     gradient = spec.programs["gradient"]
     classes = gradient.outputs[1].shape[1]

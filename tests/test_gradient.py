@@ -117,6 +117,11 @@ def test_the_command_reads_a_bundle_s_classifier(
         == 2
     )
     assert "need one DiffusionModelEncoder" in capsys.readouterr().err
+    weights = ["--weights", f"classifier={tmp_path / 'classifier.pt'}"]
+    assert app([*words, *weights, "--set", "classifier_def#input_shape=[16, 12]"]) == 2
+    told = capsys.readouterr().err
+    assert "classifier_def takes x of 1 x 16 x 12" in told and "the artifact's latent is 1 x 8 x 12" in told
+    assert told.count("\n") == 1  # no trace of torch's before it
     assert app([*words, "--weights", f"classifier={tmp_path / 'classifier.pt'}"]) == 0
     assert "a classifier of 3 classes" in capsys.readouterr().out
     made, wanted = (read_artifact(folder) for folder in (tmp_path / "out", small / "classified"))
