@@ -110,16 +110,18 @@ def draw(seed: int, sample: int, name: str, low: float, high: float) -> float:
 
 
 def listed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Conditions for JSON: numbers, lists, and of large arrays shape and sha256."""
+    """Conditions for JSON: numbers, lists, and of large arrays and volumes shape and sha256, of volumes their affine too."""
     return {name: _listed(value) for name, value in values.items()}
 
 
 def _listed(value: Any) -> Any:
     array = np.asarray(value)
-    if array.size <= _LISTED:
+    # Where a volume lies, its samples lie.
+    place = {"affine": value.affine.tolist()} if isinstance(value, Volume) else {}
+    if array.size <= _LISTED and not place:
         return array.tolist()
     digest = hashlib.sha256(f"{array.dtype} {array.shape} ".encode() + array.tobytes()).hexdigest()
-    return {"shape": list(array.shape), "sha256": digest}
+    return {"shape": list(array.shape), "sha256": digest} | place
 
 
 def _range(spec: Manifest, name: str, value: str) -> tuple[float, float]:

@@ -1,5 +1,6 @@
 """Conditions of a dataset's samples: drawn by (seed, sample), from tables, refused in one line."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 from scipy import stats
 
 from volcast.runtime.artifact import read_artifact
-from volcast.runtime.dataset_conditions import DatasetConditions, draw, parse_dataset_conditions
+from volcast.runtime.dataset_conditions import DatasetConditions, draw, listed, parse_dataset_conditions
+from volcast.runtime.volume import Volume, centred_affine
 
 
 def parse(artifact: Path, *texts: object) -> DatasetConditions:
@@ -41,6 +43,22 @@ def test_a_draw_depends_on_its_own_name_alone(gaussian: Path) -> None:
         "posterior": {"uniform": [0.2, 0.3]},
         "anterior": {"uniform": [0.0, 1.0]},
     }
+
+
+@pytest.mark.parametrize("size", [2, 8])
+def test_where_a_label_map_lies_is_part_of_the_dataset(size: int) -> None:
+    array = np.ones((size, size, size), np.float32)
+    here = Volume(array, centred_affine(array.shape, (1, 1, 1)), (1, 1, 1))
+    there = Volume(array, here.affine + np.diag([0, 0, 0.5, 0]), (1, 1, 1))
+    assert listed({"mask": here}) == json.loads(json.dumps(listed({"mask": here})))
+    assert listed({"mask": here}) == listed({"mask": Volume(array.copy(), here.affine.copy(), (1, 1, 1))})
+    assert listed({"mask": here}) != listed({"mask": there})
+
+
+def test_datasets_whose_arrays_lie_nowhere_are_listed_as_ever() -> None:
+    digest = hashlib.sha256(b"float64 (65,) " + bytes(8 * 65)).hexdigest()
+    assert listed({"hint": np.zeros(65)}) == {"hint": {"shape": [65], "sha256": digest}}
+    assert listed({"context": np.zeros(3), "anterior": 0.5}) == {"context": [0.0, 0.0, 0.0], "anterior": 0.5}
 
 
 def test_tables(gaussian: Path, tmp_path: Path) -> None:
