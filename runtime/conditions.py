@@ -69,8 +69,9 @@ def unconditional(
 ) -> dict[str, Array]:
     """The values of the other branch of classifier-free guidance.
 
-    They are those of `negative`, which takes what `resolve` takes (a negative prompt), where it names a condition; else
-    its `unconditional` value; a condition without one (a label map, say) keeps its own.
+    They are those of `negative`, which takes what `resolve` takes (a negative prompt), where it names a condition or a field
+    of it, whose other fields then take their defaults; else its `unconditional` value; a condition without one (a label
+    map, say) keeps its own.
 
     Raises:
         ValueError: `negative` does not fit; without it no condition has an unconditional value.

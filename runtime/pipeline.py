@@ -185,7 +185,7 @@ class Model:
             batch: samples a network call, within the artifact's axis "batch".
             condition: values by the name of a condition or field, for all samples, or a sequence of n of them.
             negative: values by name for guidance's other branch, in place of the unconditional ones (a negative
-                prompt); what it does not name stays.
+                prompt); conditions that it does not name stay, fields of one that it does take their defaults.
             size: the latent's spatial sizes; None: `latent_shape[1:]`, with an image the image's.
             image: an image to start from, as `encode` takes it, one for all samples; `strength` says how far it is
                 noised. The affine of a Volume passes to the samples, without an image that of a condition which is one

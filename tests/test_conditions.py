@@ -75,6 +75,13 @@ def test_a_number_for_a_scalar_condition() -> None:
     assert resolve(spec(LABEL), {"label": 3.0}, {}).values["label"].dtype == np.int64
 
 
+def test_a_negative_field_s_neighbours_take_their_defaults_not_the_sample_s_values() -> None:
+    given = resolve(spec(CONTEXT), {"anterior": 0.2, "posterior": 0.9, "share": 0.7}, {})
+    found = unconditional(spec(CONTEXT), given, {"anterior": 0.8})["context"]
+    share = (993 + 1160 * 0.25) / (2047 + 1536 * 0.8 + 1160 * 0.25)
+    np.testing.assert_allclose(found, [[0.8, 0.25, share]], rtol=2**-24)
+
+
 def test_the_unconditional_branch_keeps_what_has_no_unconditional_value() -> None:
     artifact = spec(CONTEXT, LABEL)
     values = unconditional(artifact, resolve(artifact, {"label": 3}, {}))
