@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .frame import check_grid
-from .nifti import load_nifti
+from .nifti import load_nifti, voxel_sizes
 from .spec import Manifest
 from .volume import Volume
 
@@ -44,7 +44,7 @@ def on_grid(
         raise ValueError(
             f"{where} has shape {array.shape}: need {'three axes' if dims == 3 else 'one slice'}"
         )
-    spacing = tuple(float(size) for size in header.get_zooms()[:dims])
+    spacing = voxel_sizes(header)[:dims]
     check_grid(where, affine, spacing, spec, coarser)
     return Volume(
         np.ascontiguousarray(array[..., 0] if dims < array.ndim else array),

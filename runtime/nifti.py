@@ -86,6 +86,13 @@ def read_nifti_from(
     return header, array
 
 
+def voxel_sizes(header: Any) -> tuple[float, float, float]:
+    """Millimetres along the three spatial axes as the affine has them: pixdim may say something else."""
+    affine = np.asarray(header.get_best_affine(), np.float64)
+    i, j, k = (float(size) for size in np.sqrt((affine[:3, :3] ** 2).sum(0)))
+    return i, j, k
+
+
 def _exactly(source: Source, size: int) -> bytes:
     part = source.read(size)
     if len(part) < size:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .atomic import atomic_file
-from .nifti import load_nifti
+from .nifti import load_nifti, voxel_sizes
 from .report import Report
 
 
@@ -91,8 +91,9 @@ def read_nifti(path: str | os.PathLike[str]) -> Volume:
         ValueError: see `load_nifti`.
     """
     header, array = load_nifti(f"[volume] {os.fspath(path)}", path)
-    spacing = (*(float(size) for size in header.get_zooms()), 1.0)[:3]
-    return Volume(np.atleast_3d(array), np.asarray(header.get_best_affine(), np.float64), spacing)
+    affine = np.asarray(header.get_best_affine(), np.float64)
+    spacing = (*voxel_sizes(header)[: array.ndim], 1.0)[:3]
+    return Volume(np.atleast_3d(array), affine, spacing)
 
 
 def check_nifti_path(path: str | os.PathLike[str]) -> Path:

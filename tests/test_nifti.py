@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import os
 import re
@@ -18,6 +19,7 @@ from volcast.runtime.artifact import read_artifact
 from volcast.runtime.mask import read_on_grid
 from volcast.runtime.nifti import load_nifti
 from volcast.runtime.volume import read_nifti
+from volcast.triton_repo.gateway.files import Files
 
 AFFINE = np.array([[1.0, 0, 0, 5], [0, 1.5, 0, -7], [0, 0, 2, 9], [0, 0, 0, 1]])
 ARRAY = np.sin(np.arange(768, dtype=np.float32)).reshape(8, 12, 8)
@@ -60,6 +62,25 @@ def test_what_other_programs_write(tmp_path: Path, name: str) -> None:
     np.testing.assert_array_equal(read.array, theirs.get_fdata(dtype=np.float32).reshape(8, 12, 8))
     np.testing.assert_array_equal(read.affine, AFFINE)
     assert read.spacing_mm == (1, 1.5, 2)
+
+
+def test_voxels_are_those_of_the_affine_not_of_pixdim(tmp_path: Path, gaussian: Path) -> None:
+    path = tmp_path / "a.nii"
+    path.write_bytes(content(pixdim=(80, "<3f", (1, 1, 1))))
+    spec = read_artifact(gaussian).model_copy(update={"spacing_mm": (1.0, 1.5, 2.0)})
+    files = Files(spec, 10_000)
+    for read in (
+        read_nifti(path),
+        read_on_grid(path, spec),
+        files.image(base64.b64encode(path.read_bytes()).decode()),
+    ):
+        assert read is not None and read.spacing_mm == (1, 1.5, 2)
+    # Voxels of 1 mm by pixdim alone.
+    other = spec.model_copy(update={"spacing_mm": (1.0, 1.0, 1.0)})
+    with pytest.raises(ValueError, match="a.nii has voxels of 1 x 1.5 x 2 mm: the model has 1 x 1 x 1"):
+        read_on_grid(path, other)
+    with pytest.raises(ValueError, match="image has voxels of 1 x 1.5 x 2 mm: the model has 1 x 1 x 1"):
+        Files(other, 10_000).image(base64.b64encode(path.read_bytes()).decode())
 
 
 def test_two_axes_are_one_slice(tmp_path: Path, gaussian: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from volcast.runtime.frame import fitted
 from volcast.runtime.low_res import enlargement
 from volcast.runtime.mask import on_grid
+from volcast.runtime.nifti import voxel_sizes
 from volcast.runtime.spec import LOW_RES, ArtifactSpec, Manifest
 from volcast.runtime.volume import Volume
 
@@ -39,7 +40,7 @@ class Files:
         slices = array.shape[2:] if self._dims == 2 else ()
         if array.ndim - len(slices) != self._dims or slices not in ((), (1,)):
             raise ValueError(f"[request] {name} has shape {array.shape}: need {self._dims} axes")
-        spacing = tuple(float(size) for size in header.get_zooms()[: array.ndim])
+        spacing = voxel_sizes(header)[: array.ndim]
         volume = Volume(
             np.ascontiguousarray(array), np.asarray(header.get_best_affine(), np.float64), spacing
         )
