@@ -386,9 +386,7 @@ def test_a_part_is_painted_anew_at_several_weights(
 def test_what_the_page_sends_as_a_file_is_refused_in_words(
     browser: Browser, labelled: Served, masked_gaussian: Path
 ) -> None:
-    with gateway(
-        masked_gaussian, labelled, drain_s=1, limits=Limits(file_bytes=2**20, body_bytes=2**20)
-    ) as running:
+    with gateway(masked_gaussian, labelled, limits=Limits(file_bytes=2**20, body_bytes=2**20)) as running:
         page = visit(browser, running.url, key=None)
         picker = page.get_by_label("mask", exact=True)
         expect(page.locator("#generate")).to_be_enabled()
