@@ -158,11 +158,15 @@ def test_refusals(model):
 def test_the_example(default_cache, tmp_path, monkeypatch):
     """docs/examples/inpaint.py; its mean is the ensemble's, the image's own voxels where nothing is hidden."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(default_cache))
-    monkeypatch.setattr("sys.argv", ["inpaint.py", str(tmp_path), "--steps", "2"])
+    monkeypatch.setattr("sys.argv", ["inpaint.py", str(tmp_path / "made"), "--steps", "2"])
     script = Path(__file__).parent.parent / "docs" / "examples" / "inpaint.py"
     runpy.run_path(str(script), run_name="__main__")
-    assert {path.name for path in tmp_path.iterdir()} == {"mean.nii.gz", "std.nii.gz", "inpaint.png"}
-    spread = read_nifti(tmp_path / "std.nii.gz").array
+    assert {path.name for path in (tmp_path / "made").iterdir()} == {
+        "mean.nii.gz",
+        "std.nii.gz",
+        "inpaint.png",
+    }
+    spread = read_nifti(tmp_path / "made" / "std.nii.gz").array
     hidden = np.zeros(spread.shape, bool)
     hidden[8:24, 16:32, 8:24] = True
     assert (spread[~hidden] == 0).all() and (spread[hidden] > 0).all()

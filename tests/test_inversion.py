@@ -200,12 +200,12 @@ def test_the_example(
     default_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(default_cache))
-    monkeypatch.setattr("sys.argv", ["anomaly.py", str(tmp_path), "--steps", "4"])
+    monkeypatch.setattr("sys.argv", ["anomaly.py", str(tmp_path / "made"), "--steps", "4"])
     script = Path(__file__).parent.parent / "docs" / "examples" / "anomaly.py"
     runpy.run_path(str(script), run_name="__main__")
     inside, outside = re.findall(r"0\.\d+", capsys.readouterr().out.splitlines()[0])
     assert float(inside) > 2 * float(outside)
-    assert {path.name for path in tmp_path.iterdir()} == {"anomaly.nii.gz", "anomaly.png"}
+    assert {path.name for path in (tmp_path / "made").iterdir()} == {"anomaly.nii.gz", "anomaly.png"}
 
 
 def run(*words: object) -> int:

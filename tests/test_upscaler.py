@@ -49,7 +49,7 @@ def test_the_example(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(default_cache))
-    monkeypatch.setattr("sys.argv", ["upscale.py", str(artifact), str(tmp_path), "--steps", "3"])
+    monkeypatch.setattr("sys.argv", ["upscale.py", str(artifact), str(tmp_path / "made"), "--steps", "3"])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     told = re.findall(r"([\w ]+): PSNR ([\d.]+) dB, sharpness ([\d.]+)\n", capfd.readouterr().out)
     psnr, sharp = ({name: float(row[place]) for name, *row in told} for place in (0, 1))
@@ -57,5 +57,5 @@ def test_the_example(
     assert sharp["interpolated"] < sharp["mean of 5"] < sharp["upscaled"]
     # The mean of five is nearer than any of them on average: the error's variance goes (Jensen).
     assert psnr["mean of 5"] > psnr["upscaled"]
-    with Image.open(tmp_path / "upscale.png") as picture:
+    with Image.open(tmp_path / "made" / "upscale.png") as picture:
         assert picture.height > 4 * 96

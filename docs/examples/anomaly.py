@@ -18,6 +18,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=20)
     given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
     model = volcast.load()
     condition = {"anterior": 0.4, "posterior": 0.4}
     scan = model.sample(seed=2, steps=given.steps, condition=condition)

@@ -18,6 +18,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=25)
     given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
 
     model = volcast.load()
     scan = model.sample(seed=1, steps=given.steps)

@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--size", type=int, nargs=3)
     given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
     labels = None if given.mask is None else read_nifti(given.mask)
     bundle = read_bundle(given.bundle, controlnets=[] if labels is None else ["controlnet_def"])
     export_bundle(bundle, given.folder / "artifact", batch=(1, 1), replace=True)

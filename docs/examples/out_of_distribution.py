@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--steps", type=int, default=25)
     given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
     model = volcast.load(given.tokens)
     scans = list(volcast.load().sample_many(given.samples, seed=4, steps=given.steps))
     above, below, known = [], [], []

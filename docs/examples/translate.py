@@ -19,6 +19,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=40)
     given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
     model = volcast.load()
     scan = model.sample(seed=1, steps=given.steps, condition={"anterior": 0.1, "posterior": 0.1})
     large = {"anterior": 0.9, "posterior": 0.9}

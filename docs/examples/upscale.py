@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--level", type=int, default=0, help="How far the image is noised before: 0..11.")
     given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
     scan = volcast.load().sample(seed=2, steps=25)
     linear = volcast.Volume(enlarged(coarsened(scan.array)), scan.affine, scan.spacing_mm)
     condition = {"low_res": linear, "noise_level": given.level}
