@@ -54,7 +54,6 @@ def test_it_is_refused_by_name(
         ("request --server :8001", "[client] address ':8001': need HOST:PORT"),
         ("request -n 0", "'--count'"),
         ("request --timeout 0", "'--timeout'"),
-        ("generate ARTIFACT -n 0 -o set", "'--num'"),
     ],
 )
 def test_a_number_or_place_that_cannot_be_is_refused_before_anything_starts(
