@@ -9,10 +9,9 @@ from typing import Any, final
 
 import numpy as np
 
-from .inpaint import Inpaint
+from .inpaint import MOST_CALLS, Inpaint
 from .interface import (
     FORMATS,
-    MOST_CALLS,
     MOST_ROWS,
     MOST_SAMPLES,
     NEGATIVE,
@@ -101,17 +100,19 @@ def read_request(spec: Manifest, given: Mapping[str, Array]) -> Asked:
         raise ValueError(f"[request] deadline_s={deadline:g}: need a number of seconds above 0")
     settings = _given_settings(spec, given)
     weights: tuple[float, ...] = ()
+    inpaint: Inpaint | None = None
     if isinstance(spec, ArtifactSpec):
         weights, settings = split_sweep(spec, seed or 0, settings)
-        make_request(spec, seed or 0, settings)
-    if samples * len(weights) > MOST_SAMPLES:
-        raise ValueError(
-            f"[request] guidance: {samples} samples at {len(weights)} weights are {samples * len(weights)} volumes: need "
-            f"1..{MOST_SAMPLES}"
-        )
-    inpaint = _inpaint(spec, given)
-    if isinstance(spec, ArtifactSpec) and inpaint is not None:
-        _check_rows(spec, settings, inpaint, samples * (len(weights) or 1))
+        sampler = make_request(spec, seed or 0, settings).sampler
+        volumes = samples * (len(weights) or 1)
+        if volumes > MOST_SAMPLES:
+            raise ValueError(
+                f"[request] guidance: {samples} samples at {len(weights)} weights are {volumes} volumes: need "
+                f"1..{MOST_SAMPLES}"
+            )
+        inpaint = _inpaint(given)
+        if inpaint is not None:
+            _check_rows((sampler.steps or spec.scheduler.steps) - sampler.start, inpaint, volumes)
     return Asked(
         seed=seed,
         samples=samples,
@@ -154,9 +155,9 @@ def _given_settings(spec: Manifest, given: Mapping[str, Array]) -> Any:
     return chosen
 
 
-def _inpaint(spec: Manifest, given: Mapping[str, Array]) -> Inpaint | None:
+def _inpaint(given: Mapping[str, Array]) -> Inpaint | None:
     names = [name for name in given if name.startswith("inpaint_")]
-    if not names or not isinstance(spec, ArtifactSpec):
+    if not names:
         return None
     if "inpaint_mask" not in given:
         raise ValueError(f"[request] {', '.join(names)} without inpaint_mask: give it, or leave these out")
@@ -166,10 +167,9 @@ def _inpaint(spec: Manifest, given: Mapping[str, Array]) -> Inpaint | None:
     return Inpaint(given["inpaint_mask"], resamples, jump, paste)
 
 
-def _check_rows(spec: ArtifactSpec, settings: Settings, inpaint: Inpaint, volumes: int) -> None:
+def _check_rows(steps: int, inpaint: Inpaint, volumes: int) -> None:
     """ValueError: each volume may have so many steps, and all together not."""
-    sampler = make_request(spec, 0, settings).sampler
-    each = ((sampler.steps or spec.scheduler.steps) - sampler.start) * inpaint.resamples
+    each = steps * inpaint.resamples
     if each <= MOST_CALLS and volumes * each > MOST_ROWS:
         raise ValueError(
             f"[request] inpaint: {volumes} volumes of {each} steps: need {MOST_ROWS} or fewer in all; ask for "

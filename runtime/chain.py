@@ -40,7 +40,8 @@ _TEXTS = ("scheduler", "spacing", "compat")
 class Chain:
     """Artifacts of which each takes the samples of the one before as its low-resolution image.
 
-    Their files are checked once, here. Only one of them is open at a time: all samples of a stage are made, and kept, before the next stage opens.
+    Their files are checked once, here. Only one of them is open at a time: all samples of a stage are made, and kept,
+    before the next stage opens.
 
     Attributes:
         specs: their manifests.

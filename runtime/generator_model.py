@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
@@ -18,11 +17,11 @@ from .frame import fitted, place_of
 from .generator_spec import GeneratorSpec
 from .memory import PeakMemory
 from .noise import request_noise
-from .programs import Programs
-from .queueing import Queued, Queueing, check_sample
+from .queued_model import QueuedModel, sample_parts
+from .queueing import Queued, check_sample
 from .report import Report, Stopwatch
-from .request import SAMPLES_OF_A_SEED, OnStep
-from .sizes import check_size, default_sizes, whole
+from .request import OnStep
+from .sizes import default_sizes
 from .volume import Volume, centred_affine
 
 Condition = Mapping[str, Any]
@@ -30,28 +29,18 @@ Image = Volume | NDArray[np.generic]
 
 
 @final
-class GeneratorModel:
+class GeneratorModel(QueuedModel):
     """An opened artifact of a one-pass model. Not for two threads at once, but for `submit`: its programs reuse their
     memory.
 
     Attributes:
         spec: the manifest.
-        engine: what runs it: `name`, `threads`.
     """
 
     def __init__(self, folder: Path, spec: GeneratorSpec, engine: Engine, most: int = 320) -> None:
         """`most`: samples of `submit` that are open."""
+        super().__init__(folder, spec, engine, most)
         self.spec = spec
-        self.engine = engine
-        self._folder = folder
-        self._programs = Programs(folder, spec, engine)
-        self._queueing = Queueing(most)
-
-    def __enter__(self) -> GeneratorModel:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def sample(
         self,
@@ -89,9 +78,7 @@ class GeneratorModel:
         Raises:
             ValueError: anything out of range, before any work; volumes that are not finite.
         """
-        self._check(n, seed, batch)
-        for size in {min(batch, n), n % batch or min(batch, n)}:
-            check_size("sample", self.spec.axis("batch"), size)
+        parts = sample_parts(self.spec, n, seed, batch)
         given = list(condition) if isinstance(condition, Sequence) else [condition or {}]
         if isinstance(condition, Sequence) and len(given) != n:
             raise ValueError(
@@ -99,7 +86,6 @@ class GeneratorModel:
             )
         values = [self._values(one) for one in given]
         style = None if image is None else self.encode(image)
-        parts = [range(first, min(first + batch, n)) for first in range(0, n, batch)]
         place = place_of(self.spec, "sample", None, given)
         return self._run(parts, seed, values, style, place, on_step or (lambda done, total: None))
 
@@ -130,7 +116,7 @@ class GeneratorModel:
             ValueError: anything out of range, before any work; `_core.Overloaded`: too many wait.
         """
         parts = [check_sample(sample)]
-        self._check(1, seed, 1)
+        sample_parts(self.spec, 1, seed, 1)
         values, place = [self._values(condition)], place_of(self.spec, "sample", None, [condition or {}])
         if image is not None:
             check_style(self.spec, image)
@@ -142,26 +128,8 @@ class GeneratorModel:
 
         return self._queueing.submit(job, turns, on_step)
 
-    @cached_property
-    def _worker(self) -> GeneratorModel:
-        """The queue's own programs, which its thread alone uses."""
+    def _opened_again(self) -> GeneratorModel:
         return GeneratorModel(self._folder, self.spec, self.engine)
-
-    @property
-    def queueing(self) -> Queueing:
-        """What `submit` fills, to look at."""
-        return self._queueing
-
-    def close(self, *, drain: bool = False) -> None:
-        """End what `submit` started: finish the samples that wait (`drain`) or cancel them."""
-        self._queueing.close(drain=drain)
-
-    def _check(self, n: int, seed: int, batch: int) -> None:
-        for name, value, least, most in (
-            ("seed", seed, 0, 2**64 - 1), ("n", n, 1, SAMPLES_OF_A_SEED), ("batch", batch, 1, SAMPLES_OF_A_SEED),
-        ):  # fmt: skip
-            if type(whole(value)) is not int or not least <= value <= most:
-                raise ValueError(f"[sample] {name}={value!r}: need {least}..{most}")
 
     def _values(self, condition: Condition | None) -> Arrays:
         return resolve(self.spec, condition, default_sizes(self.spec)).values

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from volcast import _core
 
-from .inpaint import Inpaint, make_known
-from .interface import MOST_CALLS
+from .inpaint import MOST_CALLS, Inpaint, make_known
 from .job import Job
 from .request import Request
 from .volume import Volume

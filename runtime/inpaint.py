@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from .volume import Volume
 
+MOST_CALLS = 10_000
+"""Of the network for one volume: each is a row of a table that the request holds."""
+
 
 @final
 @dataclass(frozen=True, eq=False)

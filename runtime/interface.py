@@ -12,7 +12,7 @@ from typing import Literal, final, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from .inpaint import Inpaint
+from .inpaint import MOST_CALLS, Inpaint
 from .sizes import volume_channels
 from .spec import ArtifactSpec, Manifest
 from .token_spec import TokenSpec
@@ -22,8 +22,6 @@ Format = Literal["float32", "float16", "uint16", "nifti"]
 FORMATS = get_args(Format)
 MOST_SAMPLES = 64
 """Volumes of one request."""
-MOST_CALLS = 10_000
-"""Of the network for one volume that is inpainted: each is a row of a table that the request holds."""
 MOST_ROWS = 64_000
 """Of the tables of one request that inpaints: those of 64 volumes of 1000 steps without."""
 NEGATIVE = "negative_"

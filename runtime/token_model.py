@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack, final
 
@@ -17,11 +16,10 @@ from .engine_auto import check_engine, open_engine
 from .frame import fitted
 from .healing import Healed, heal_tokens, masked_difference, unlikely
 from .memory import PeakMemory
-from .programs import Programs
-from .queueing import Queued, Queueing, check_sample
+from .queued_model import QueuedModel, sample_parts
+from .queueing import Queued, check_sample
 from .report import Report, Stopwatch
-from .request import SAMPLES_OF_A_SEED, OnStep
-from .sizes import check_size, whole
+from .request import OnStep
 from .spec import Manifest
 from .token_choice import Choice, ChoiceSettings, make_choice
 from .token_sequence import Drawn, Indices, TokenSequence, draw_sequences, log_likelihoods
@@ -32,30 +30,20 @@ Condition = Mapping[str, Any]
 
 
 @final
-class TokenModel:
+class TokenModel(QueuedModel):
     """An opened artifact of a token model. Not for two threads at once, but for `submit`: its programs reuse their memory.
 
     Attributes:
         spec: the manifest.
-        engine: what runs it: `name`, `threads`.
         order: int64 `[L]`, the place in the grid, counted in C order, of each token of the sequence.
     """
 
     def __init__(self, folder: Path, spec: TokenSpec, engine: Engine, most: int = 320) -> None:
         """`most`: samples of `submit` that are open."""
+        super().__init__(folder, spec, engine, most)
         self.spec = spec
-        self.engine = engine
-        self._folder = folder
-        self._programs = Programs(folder, spec, engine)
-        self._queueing = Queueing(most)
         raster = np.arange(spec.length)
         self.order = np.array(spec.order, np.int64) if spec.order else raster
-
-    def __enter__(self) -> TokenModel:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def sample(
         self,
@@ -126,19 +114,8 @@ class TokenModel:
 
         return self._queueing.submit(job, turns, on_step)
 
-    @cached_property
-    def _worker(self) -> TokenModel:
-        """The queue's own programs, which its thread alone uses."""
+    def _opened_again(self) -> TokenModel:
         return TokenModel(self._folder, self.spec, self.engine)
-
-    @property
-    def queueing(self) -> Queueing:
-        """What `submit` fills, to look at."""
-        return self._queueing
-
-    def close(self, *, drain: bool = False) -> None:
-        """End what `submit` started: finish the samples that wait (`drain`) or cancel them."""
-        self._queueing.close(drain=drain)
 
     def tokens(
         self,
@@ -271,17 +248,7 @@ class TokenModel:
 
     def _parts(self, n: int, seed: int, batch: int, choice: Choice) -> list[range]:
         choice.check(self.spec.num_codes)
-        ranges = (
-            ("seed", seed, 0, 2**64 - 1),
-            ("n", n, 1, SAMPLES_OF_A_SEED),
-            ("batch", batch, 1, SAMPLES_OF_A_SEED),
-        )
-        for name, value, least, most in ranges:
-            if type(whole(value)) is not int or not least <= value <= most:
-                raise ValueError(f"[sample] {name}={value!r}: need {least}..{most}")
-        for size in {min(batch, n), n % batch or batch}:
-            check_size("sample", self.spec.axis("batch"), min(size, n))
-        return [range(first, min(first + batch, n)) for first in range(0, n, batch)]
+        return sample_parts(self.spec, n, seed, batch)
 
     def _conditions(self, given: Condition | None) -> Arrays:
         return resolve(self.spec, given, {}).values

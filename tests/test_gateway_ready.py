@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import grpc
 import httpx
 import pytest
 from gateways import GENERATE, gateway, until
+from grpc_servers import listening
 from served import Served
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
@@ -72,16 +72,11 @@ def fault(
 
     spec = read_artifact(gaussian)
     server = Full(spec)
-    with ThreadPoolExecutor(4) as pool:
-        running = grpc.server(pool)
-        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(server, running)
-        port = running.add_insecure_port("127.0.0.1:0")
-        running.start()
+    with listening(server) as address:
         try:
-            return asyncio.run(ask(f"127.0.0.1:{port}"))
+            return asyncio.run(ask(address))
         finally:
             server.free.set()
-            running.stop(0).wait()
 
 
 def nothing(_: Readiness) -> None:

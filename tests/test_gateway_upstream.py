@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
 import pytest
+from grpc_servers import listening
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from volcast.runtime.interface import text_of
@@ -60,15 +60,8 @@ def ask(server: Server, **options: Any) -> list[str]:
         finally:
             await one.close()
 
-    with ThreadPoolExecutor(4) as pool:
-        running = grpc.server(pool)
-        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(server, running)
-        port = running.add_insecure_port("127.0.0.1:0")
-        running.start()
-        try:
-            return asyncio.run(kinds(f"127.0.0.1:{port}"))
-        finally:
-            running.stop(0).wait()
+    with listening(server) as address:
+        return asyncio.run(kinds(address))
 
 
 @pytest.fixture(autouse=True)
